@@ -1,0 +1,89 @@
+"""Histories of titles to prompts, prompts and titles to tokens: the one place where text becomes ids.
+
+A prompt ends in ``Next:`` and a response is a blank, a title and the end-of-sequence token, so that the boundary
+between them is a token boundary. ``encode`` checks this for the tokenizer at hand instead of assuming it: supervised
+fine-tuning, alignment and ranking then see the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from causaldpo_lib.errors import StudyError
+
+TEMPLATE = "Chosen so far: {history}\nNext:"
+SEPARATOR = "; "
+
+
+def prompt_text(titles: Sequence[str]) -> str:
+    """The prompt of a history of titles, oldest first; no title gives the prompt of an unknown user."""
+    return TEMPLATE.format(history=SEPARATOR.join(titles))
+
+
+def response_text(title: str) -> str:
+    """The response that names ``title``; the end-of-sequence token is added as an id by ``encode_responses``."""
+    return f" {title}"
+
+
+def prompt_table(examples: pd.DataFrame, titles: Mapping[object, str]) -> pd.DataFrame:
+    """Prompts and chosen responses of examples (columns ``history`` and ``item``), one row per example, same index."""
+    return pd.DataFrame(
+        {
+            "prompt": [prompt_text([titles[item] for item in history]) for history in examples["history"]],
+            "chosen": [response_text(titles[item]) for item in examples["item"]],
+        },
+        index=examples.index,
+    )
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token ids of prompts, with the tokenizer's own beginning-of-sequence token if it has one.
+
+    A prompt longer than ``max_tokens`` loses its oldest titles, never its tail.
+
+    Raises:
+        StudyError: a prompt exceeds ``max_tokens`` even without any history.
+    """
+    encoded = tokenizer(list(prompts))["input_ids"]
+    if max_tokens is None:
+        return encoded
+    for index, ids in enumerate(encoded):
+        text = prompts[index]
+        while len(ids) > max_tokens:
+            _, found, tail = text.partition(SEPARATOR)
+            if not found:
+                raise StudyError(
+                    f"a prompt of {len(ids)} tokens does not fit max_prompt_length = {max_tokens}: raise it"
+                )
+            text = TEMPLATE.partition("{")[0] + tail
+            ids = tokenizer(text)["input_ids"]
+        encoded[index] = ids
+    return encoded
+
+
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of responses, each closed by the end-of-sequence token."""
+    if not len(responses):
+        return []
+    encoded = tokenizer(list(responses), add_special_tokens=False)["input_ids"]
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+def check_boundary(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> None:
+    """Refuse a tokenizer that merges the end of a prompt with the start of a response.
+
+    Raises:
+        StudyError: the tokens of ``prompt + response`` are not those of the two parts in a row.
+    """
+    whole = tokenizer(prompt + response)["input_ids"]
+    parts = tokenizer(prompt)["input_ids"] + tokenizer(response, add_special_tokens=False)["input_ids"]
+    if whole != parts:
+        raise StudyError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} splits {response!r} differently "
+            "after a prompt than alone: the study needs one for which ':' followed by a blank is a token boundary"
+        )
