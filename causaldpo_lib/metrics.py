@@ -1,0 +1,186 @@
+"""Ranking metrics: how far down the target is, how good the list is under intervention, whom it shows.
+
+Ranks are 0-based (0 = top of the list). A miss is any rank >= k, so the rank that a truncated list gives an
+absent target (its own length, or infinity) needs no special value. Fractional ranks (average ranks of exact
+ties) are allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+
+
+def _cutoff(k: int) -> int:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+    return int(k)
+
+
+def _ranks(ranks: ArrayLike) -> FloatArray:
+    array = np.asarray(ranks, dtype=np.float64)
+    if np.isnan(array).any():
+        raise ValueError("ranks contain NaN: give a missing target a rank >= k instead")
+    if (array < 0).any():
+        raise ValueError("ranks are 0-based, never negative: give a missing target a rank >= k instead")
+    return array
+
+
+def discounts(k: int) -> FloatArray:
+    """The logarithmic position weights 1 / log2(r + 2) for r = 0 ... k-1: 1, 0.6309, 0.5, ...
+
+    Source: Jarvelin and Kekalainen, ACM TOIS 20(4), 2002; base-2 logarithms, first position undiscounted.
+    """
+    return 1.0 / np.log2(np.arange(_cutoff(k), dtype=np.float64) + 2.0)
+
+
+def hits(ranks: ArrayLike, k: int) -> FloatArray:
+    """Per example: 1 if its target is among the first k, else 0. Same shape as ``ranks``.
+
+    Raises:
+        ValueError: a rank is NaN or negative, or k is not a whole number >= 1.
+    """
+    return (_ranks(ranks) < _cutoff(k)).astype(np.float64)
+
+
+def gains(ranks: ArrayLike, k: int) -> FloatArray:
+    """Per example: 1 / log2(rank + 2) if its target is among the first k, else 0. Same shape as ``ranks``.
+
+    With a single relevant item the ideal discounted gain is 1, so this is the example's NDCG@k.
+
+    Raises:
+        ValueError: a rank is NaN or negative, or k is not a whole number >= 1.
+    """
+    array = _ranks(ranks)
+    return np.where(array < _cutoff(k), 1.0 / np.log2(array + 2.0), 0.0)
+
+
+def hit_rate_at_k(ranks: ArrayLike, k: int) -> float:
+    """HR@k = (1/N) sum_u 1[rank_u < k], a fraction over all N examples, unranked targets included.
+
+    Shapes:  ranks: any shape, N = its size.
+    Raises:  ValueError as in ``hits``, or if there is no example.
+    Checked: tests/test_metrics.py, against hand values and a loop.
+    """
+    return _mean(hits(ranks, k))
+
+
+def ndcg_at_k(ranks: ArrayLike, k: int) -> float:
+    """NDCG@k = (1/N) sum_u 1[rank_u < k] / log2(rank_u + 2), a fraction; one relevant item each.
+
+    HR@k / log2(k + 1) <= NDCG@k <= HR@k always holds.
+
+    Shapes:  ranks: any shape, N = its size.
+    Raises:  ValueError as in ``gains``, or if there is no example.
+    Checked: tests/test_metrics.py, against a loop and hand values (ranks 0, 1, 4, 9 give 1, .630930,
+             .386853, .289065).
+    """
+    return _mean(gains(ranks, k))
+
+
+def _mean(values: FloatArray) -> float:
+    if values.size == 0:
+        raise ValueError("no example to average over")
+    return float(values.mean())
+
+
+def causal_gains(recommended_preferences: ArrayLike, ideal_preferences: ArrayLike, k: int) -> FloatArray:
+    """Per example (N,): NDCG@k with the interventional preference as gain; see ``causal_ndcg_at_k``."""
+    k = _cutoff(k)
+    recommended = _preferences(recommended_preferences, "recommended_preferences")[:, :k]
+    everything = _preferences(ideal_preferences, "ideal_preferences")
+    if len(recommended) != len(everything):
+        raise ValueError(f"{len(recommended)} recommended lists but {len(everything)} ideal lists")
+    ideal = -np.sort(-everything, axis=1)[:, :k]
+    best = ideal @ discounts(k)[: ideal.shape[1]]
+    if (best <= 0).any():
+        raise ValueError("an example has no positive preference: its ideal gain is 0 and NDCG is undefined")
+    return (recommended @ discounts(k)[: recommended.shape[1]]) / best
+
+
+def causal_ndcg_at_k(recommended_preferences: ArrayLike, ideal_preferences: ArrayLike, k: int) -> float:
+    """How much interventional preference the first k recommendations collect, as a fraction of the best.
+
+        causal NDCG@k = (1/N) sum_u [ sum_{r<k} p(i_{u,r} | do(history), u) / log2(r + 2) ]
+                                   / [ sum_{r<k} p_(r)(u)                  / log2(r + 2) ]
+
+    averaged over examples u. i_{u,r} is the item recommended at position r, and p_(0) >= p_(1) >= ... are the
+    user's preferences in descending order. The gain is graded and needs no observed target, so a confounded
+    target cannot reward a confounded list; it exists only where p(item | do(history), user) is known, i.e. on
+    simulated data.
+
+    Shapes:  recommended_preferences (N, >= k) in list order (empty positions of shorter lists gain 0);
+             ideal_preferences (N, >= k), the preferences of all recommendable items, in any order.
+    Raises:  ValueError if a preference is NaN or negative, a user prefers nothing, or the lengths N differ.
+    Checked: tests/test_metrics.py, against a loop; the ideal order gives exactly 1.
+    """
+    return _mean(causal_gains(recommended_preferences, ideal_preferences, k))
+
+
+def _preferences(preferences: ArrayLike, name: str) -> FloatArray:
+    array = np.asarray(preferences, dtype=np.float64)
+    if array.ndim != 2:
+        raise ValueError(f"{name} must be a table of examples x positions, got shape {array.shape}")
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(f"{name} must be finite and not negative")
+    return array
+
+
+def group_slots(items: ArrayLike, groups: Mapping[Hashable, str], k: int) -> dict[str, FloatArray]:
+    """Per group and example: the fraction of the example's first k recommendations that belong to the group.
+
+    Shapes:  items (N, >= k) item ids in list order; groups maps every id to a group name. Returns one (N,)
+             array per group name in sorted order; the arrays sum to 1 at every example.
+    Raises:  ValueError if a list is shorter than k or holds an item without a group.
+    """
+    k = _cutoff(k)
+    array = np.asarray(items)
+    if array.ndim != 2 or array.shape[1] < k:
+        raise ValueError(f"items must hold at least k = {k} recommendations each, got shape {array.shape}")
+    known, slot = np.unique(array[:, :k], return_inverse=True)
+    missing = [item for item in known.tolist() if item not in groups]
+    if missing:
+        raise ValueError(f"{len(missing)} recommended items have no group, the first is {missing[0]!r}")
+    group_of = np.array([groups[item] for item in known.tolist()], dtype=object)[slot].reshape(-1, k)
+    return {name: (group_of == name).mean(axis=1) for name in sorted(set(groups.values()))}
+
+
+def group_shares(items: ArrayLike, groups: Mapping[Hashable, str], k: int) -> dict[str, float]:
+    """The share of all N k recommendation slots that each group of items takes: fractions that sum to 1.
+
+    Source:  the exposure shares behind CausalDPO's Fig. 1 (left), over the first k positions.
+    Shapes:  as in ``group_slots``.
+    Raises:  ValueError as in ``group_slots``, or if there is no example.
+    """
+    return {name: _mean(values) for name, values in group_slots(items, groups, k).items()}
+
+
+def gini(counts: ArrayLike) -> float:
+    """Gini coefficient of the items' recommendation counts: 0 = all equal, (n-1)/n = one item has all.
+
+        G = sum_i (2 i - n - 1) c_(i) / (n sum_i c_i),   c_(1) <= ... <= c_(n)
+
+    Shapes:  counts (n,), one entry per catalogue item, never-recommended items included as 0.
+    Raises:  ValueError if counts are empty, negative, not finite, or all 0.
+    """
+    ordered = np.sort(np.asarray(counts, dtype=np.float64).ravel())
+    if ordered.size == 0 or not np.isfinite(ordered).all() or ordered[0] < 0 or ordered[-1] == 0:
+        raise ValueError("counts must be finite, not negative, and not all 0")
+    n = ordered.size
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ordered / (n * ordered.sum()))
+
+
+def coverage(items: ArrayLike, catalogue_size: int, k: int) -> float:
+    """The fraction of the catalogue that appears among the first k recommendations of at least one example.
+
+    Shapes:  items (N, >= k) item ids in list order.
+    Raises:  ValueError if the catalogue is smaller than what was recommended.
+    """
+    shown = np.unique(np.asarray(items)[:, : _cutoff(k)]).size
+    if catalogue_size < max(shown, 1):
+        raise ValueError(f"a catalogue of {catalogue_size} items cannot show {shown} different ones")
+    return shown / catalogue_size

@@ -1,0 +1,395 @@
+"""Figures: one style, one look per method, functions that draw a tidy table on an axis and compute nothing.
+
+Every function takes the axis first and a table in the column layout of ``tables.py``, already reduced to what
+one panel shows; the notebook writes the same table beside the image with ``save``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+
+from causaldpo_lib.parameters import read_yaml
+from causaldpo_lib.paths import PARAMS
+
+WIDTH = 7.2  # inches, the text width of a notebook or a README on a laptop
+DPI = 160
+
+
+Draw = Callable[[Axes, pd.DataFrame], Axes]
+
+
+class Look(NamedTuple):
+    """How a method appears in every figure."""
+
+    colour: str
+    marker: str
+    label: str
+
+
+# Okabe and Ito's colour-blind-safe palette; grey for what is not the method under study.
+COLOURS = {
+    "sft": ("#6E6E6E", "s"),
+    "dpo": ("#0072B2", "o"),
+    "causal_dpo": ("#D55E00", "D"),
+    "shuffled": ("#009E73", "^"),
+    "random": ("#BDBDBD", "x"),
+    "popular": ("#BDBDBD", "P"),
+    "training": ("#000000", "_"),
+    "targets": ("#000000", "*"),
+}
+# Of what is no method; a method's label stands in its file in params/methods.
+LABELS = {
+    "random": "Random",
+    "popular": "Most popular",
+    "training": "Training data",
+    "targets": "Test targets",
+}
+OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods added later, by name
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
+SPLITS = {"validation": "validation", "iid_test": "IID test", "ood_test": "OOD test"}
+SPLIT_COLOURS = {"train": "#6E6E6E", "validation": "#E69F00", "iid_test": "#56B4E9", "ood_test": "#D55E00"}
+METRICS = {"target_logp": "log-probability of the target", "causal_NDCG@10": "causal NDCG@10"}
+POINTS = {
+    "environment": "inferred environment",
+    "true_environment": "true environment",
+    "group": "popularity of the history",
+}
+GROUPINGS = {"mass": "groups of equal training mass", "items": "groups of equally many items"}
+
+
+@lru_cache
+def look(method: str) -> Look:
+    """The colour, marker and label of a method or reference; others get a stable colour and their name."""
+    colour, marker = COLOURS.get(method) or (OTHERS[sum(method.encode()) % len(OTHERS)], "v")
+    file = PARAMS / "methods" / f"{method}.yaml"
+    label = read_yaml(file)["label"] if file.exists() else LABELS.get(method, method)
+    return Look(colour, marker, label)
+
+
+def metric_name(metric: str) -> str:
+    """A metric's name in a title or a sentence."""
+    return METRICS.get(metric, metric)
+
+
+def metric_unit(metric: str, difference: bool = False) -> str:
+    """The unit of a metric's shown values: nats, percent, or percentage points of a difference."""
+    if metric == "target_logp":
+        return "nats"
+    return "points" if difference else "%"
+
+
+def metric_scale(metric: str) -> float:
+    """The factor from a table's number to the shown one: percent for fractions, 1 for log-probabilities."""
+    return 1.0 if metric == "target_logp" else 100.0
+
+
+def use_style() -> None:
+    """Set the one figure style of the study for this process."""
+    mpl.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": DPI,
+            "figure.constrained_layout.use": True,
+            "font.size": 9.5,
+            "axes.titlesize": 10,
+            "axes.labelsize": 9.5,
+            "legend.fontsize": 9,
+            "legend.frameon": False,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E6E6E6",
+            "grid.linewidth": 0.7,
+            "lines.linewidth": 1.4,
+            "lines.markersize": 5,
+            "errorbar.capsize": 2,
+        }
+    )
+
+
+def panels(columns: int = 1, rows: int = 1, height: float = 3.0, **options: object) -> tuple[Figure, np.ndarray]:
+    """A figure of the study's width and its axes (rows, columns); ``height`` in inches per row."""
+    use_style()
+    return plt.subplots(rows, columns, figsize=(WIDTH, height * rows), squeeze=False, **options)
+
+
+def by_split(table: pd.DataFrame, draw: Draw, title: str) -> Figure:
+    """One panel per split of a table, side by side on one scale, each drawn by ``draw(ax, its rows)``."""
+    splits = list(table["split"].unique())
+    fig, axes = panels(len(splits), sharey=True)
+    for ax, split in zip(axes.flat, splits, strict=True):
+        draw(ax, table[table["split"] == split])
+        ax.set_title(SPLITS.get(split, split))
+    fig.suptitle(title)
+    legend_below(fig)
+    return fig
+
+
+def by_metric(table: pd.DataFrame, draw: Draw, title: str) -> Figure:
+    """One panel per metric of a table, two in a row, each with its own scale, drawn by ``draw(ax, its rows)``."""
+    metrics = list(table["metric"].unique())
+    fig, axes = panels(2, (len(metrics) + 1) // 2, height=2.5, sharey=True)
+    for ax, metric in zip(axes.flat, metrics, strict=False):
+        draw(ax, table[table["metric"] == metric])
+    for ax in axes.flat[len(metrics) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
+    legend_below(fig)
+    return fig
+
+
+def legend_below(fig: Figure, columns: int = 4) -> None:
+    """One legend under all panels, each label once."""
+    found: dict[str, object] = {}
+    for ax in fig.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        fig.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(columns, len(found)))
+
+
+def save(fig: Figure, stem: str, data: pd.DataFrame, folder: str | Path) -> Path:
+    """Write ``<stem>.png`` and, with the plotted values, ``<stem>.csv``; returns the image's path."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    data.to_csv(target / f"{stem}.csv", index=False, float_format="%.6g")
+    image = target / f"{stem}.png"
+    fig.savefig(image, dpi=DPI, metadata={"Software": None})  # same figure, same bytes
+    return image
+
+
+def _whiskers(rows: pd.DataFrame, value: str, scale: float = 1.0) -> np.ndarray:
+    """Distances from the value down to ``low`` and up to ``high``, as matplotlib wants them: (2, n)."""
+    below = (rows[value] - rows["low"]).clip(lower=0)
+    above = (rows["high"] - rows[value]).clip(lower=0)
+    return scale * np.stack([below.to_numpy(float), above.to_numpy(float)])
+
+
+def _label_y(ax: Axes, text: str) -> None:
+    """Label the vertical axis, once where panels share it."""
+    shared = len(ax.get_shared_y_axes().get_siblings(ax)) > 1
+    if not shared or ax.get_subplotspec().is_first_col():
+        ax.set_ylabel(text)
+
+
+def _present(rows: pd.DataFrame) -> list[str]:
+    """The methods of a table in their order of appearance."""
+    return list(dict.fromkeys(rows["method"]))
+
+
+def group_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
+    """Bars with intervals: the share of recommendation slots (%) that each popularity group gets, by method.
+
+    Columns: group, method, share (fraction), low, high. The methods ``training`` and ``targets`` are
+    references, drawn as a line and a star over each group instead of a bar.
+    """
+    groups = sorted(shares["group"].unique())
+    methods = [m for m in _present(shares) if m not in ("training", "targets")]
+    width = 0.8 / max(len(methods), 1)
+    place = {group: position for position, group in enumerate(groups)}
+    for index, method in enumerate(methods):
+        rows = shares[shares["method"] == method]
+        x = rows["group"].map(place) - 0.4 + (index + 0.5) * width
+        style = look(method)
+        ax.bar(x, 100 * rows["share"], width * 0.92, color=style.colour, label=style.label)
+        ax.errorbar(x, 100 * rows["share"], _whiskers(rows, "share", 100), fmt="none", ecolor="#222222", lw=0.9)
+    training = shares[shares["method"] == "training"]
+    x = training["group"].map(place).to_numpy(float)
+    if len(training):
+        share = 100 * training["share"]
+        ax.hlines(share, x - 0.46, x + 0.46, color="black", lw=1.3, ls=(0, (3, 1.5)), label=look("training").label)
+    targets = shares[shares["method"] == "targets"]
+    if len(targets):
+        x = targets["group"].map(place)
+        ax.plot(x, 100 * targets["share"], "*", ms=9, mfc="white", mec="black", label=look("targets").label)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.set_xlabel("popularity group (G1 = most popular)")
+    _label_y(ax, "share of top-10 slots (%)")
+    ax.grid(axis="x", visible=False)
+    return ax
+
+
+def group_ndcg(ax: Axes, groups: pd.DataFrame) -> Axes:
+    """Points with intervals: NDCG@10 (%) of the examples whose target is in each popularity group, by method.
+
+    Columns: group, method, mean (fraction), low, high, examples (in the group, shown under its name).
+    """
+    names = sorted(groups["group"].unique())
+    methods = _present(groups)
+    step = 0.6 / max(len(methods) - 1, 1)
+    for index, method in enumerate(methods):
+        rows = groups[groups["method"] == method].sort_values("group")
+        x = rows["group"].map(names.index) - 0.3 + index * step
+        style = look(method)
+        ax.errorbar(
+            x,
+            100 * rows["mean"],
+            _whiskers(rows, "mean", 100),
+            fmt=style.marker,
+            color=style.colour,
+            lw=1.1,
+            label=style.label,
+        )
+    sizes = groups.groupby("group")["examples"].first()
+    ax.set_xticks(range(len(names)), [f"{name}\n{sizes[name]:,}" for name in names])
+    ax.set_xlabel("group of the target, number of test examples")
+    _label_y(ax, "NDCG@10 (%)")
+    ax.axhline(0, color="black", lw=0.9)  # in view; a fixed limit would cut panels that share the axis
+    ax.grid(axis="x", visible=False)
+    return ax
+
+
+def metric_intervals(ax: Axes, metrics: pd.DataFrame) -> Axes:
+    """Forest plot of one metric in one setting: a row per method, IID test hollow and OOD test filled.
+
+    Columns: split, method, metric (one), mean, low, high.
+    """
+    metric = metrics["metric"].iloc[0]
+    scale = metric_scale(metric)
+    methods = _present(metrics)
+    for split, offset, face in (("iid_test", -0.14, "white"), ("ood_test", 0.14, None)):
+        for position, method in enumerate(methods):
+            rows = metrics[(metrics["method"] == method) & (metrics["split"] == split)]
+            style = look(method)
+            ax.errorbar(
+                scale * rows["mean"],
+                [position + offset] * len(rows),
+                xerr=_whiskers(rows, "mean", scale),
+                fmt="o",
+                color=style.colour,
+                mfc=face or style.colour,
+            )
+        ax.plot([], [], "o", color="#444444", mfc=face or "#444444", label=SPLITS[split])
+    _name_rows(ax, [look(method).label for method in methods])
+    ax.set_title(metric_name(metric))
+    ax.set_xlabel(f"mean ({metric_unit(metric)})")
+    return ax
+
+
+def paired_differences(ax: Axes, paired: pd.DataFrame) -> Axes:
+    """Forest plot of paired differences in one metric and setting: a row per comparison, a line at no effect.
+
+    Columns: split, metric (one), method, baseline, difference, low, high. Filled: OOD test; hollow: IID.
+    """
+    metric = paired["metric"].iloc[0]
+    scale = metric_scale(metric)
+    pairs = list(dict.fromkeys(zip(paired["method"], paired["baseline"], strict=True)))
+    ax.axvline(0, color="black", lw=0.9)
+    for split, offset, face in (("iid_test", -0.14, "white"), ("ood_test", 0.14, None)):
+        for position, (method, baseline) in enumerate(pairs):
+            chosen = (paired["method"] == method) & (paired["baseline"] == baseline) & (paired["split"] == split)
+            rows = paired[chosen]
+            colour = look(method).colour
+            ax.errorbar(
+                scale * rows["difference"],
+                [position + offset] * len(rows),
+                xerr=_whiskers(rows, "difference", scale),
+                fmt="o",
+                color=colour,
+                mfc=face or colour,
+            )
+        ax.plot([], [], "o", color="#444444", mfc=face or "#444444", label=SPLITS[split])
+    _name_rows(ax, [f"{look(method).label} − {look(baseline).label}" for method, baseline in pairs])
+    ax.set_title(metric_name(metric))
+    ax.set_xlabel(f"difference ({metric_unit(metric, difference=True)})")
+    return ax
+
+
+def _name_rows(ax: Axes, names: list[str]) -> None:
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)  # the first row on top
+    ax.grid(axis="y", visible=False)
+
+
+def umap_points(ax: Axes, points: pd.DataFrame, by: str) -> Axes:
+    """Scatter of projected prompt states coloured by ``by``; axes have no unit, only neighbourhoods count.
+
+    Columns: umap_x, umap_y and ``by``. Popularity groups get an ordered colour scale, everything else a
+    palette; the value -1 (no cluster) is light grey.
+    """
+    values = sorted(points[by].unique())
+    ordered = by == "group"
+    for index, value in enumerate(values):
+        rows = points[points[by] == value]
+        if value in (-1, "-1"):
+            colour, name = "#D0D0D0", "none"
+        elif ordered:
+            colour, name = mpl.colormaps["viridis"](0.92 * index / max(len(values) - 1, 1)), str(value)
+        else:
+            colour, name = PALETTE[index % len(PALETTE)], str(value)
+        ax.scatter(rows["umap_x"], rows["umap_y"], s=7, color=colour, lw=0, alpha=0.8, label=name)
+    ax.set_title(POINTS.get(by, by))
+    ax.set_xlabel("UMAP 1 (no unit)")
+    _label_y(ax, "UMAP 2 (no unit)")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3}
+    ax.legend(**place, markerscale=2, columnspacing=0.8, handletextpad=0.1)
+    return ax
+
+
+def training_curves(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None) -> Axes:
+    """One logged quantity against the optimiser step: a line per method and seed, methods in their colours.
+
+    Columns: step, ``column``, and optionally method and seed. Rows without a value are left out.
+    """
+    rows = log.dropna(subset=[column])
+    keys = [key for key in ("method", "seed") if key in rows]
+    named: set[str] = set()
+    for name, line in rows.groupby(keys, sort=False) if keys else [((), rows)]:
+        method = name[0] if "method" in keys else "causal_dpo"
+        style = look(method)
+        show = style.label if "method" in keys and method not in named else None
+        named.add(method)
+        ax.plot(line["step"], line[column], color=style.colour, lw=1.2, alpha=0.85, label=show)
+    ax.set_xlabel("optimiser step")
+    ax.set_ylabel(label or column.replace("_", " "))
+    return ax
+
+
+def split_histograms(ax: Axes, histogram: pd.DataFrame, label: str, dates: bool = False, log: bool = False) -> Axes:
+    """Outlined histograms of one quantity, one per split, as shares (%) of the split's own interactions.
+
+    Columns: split, left, right, share (fraction) as ``tables.histogram`` counts them. ``dates``: edges
+    are seconds since 1970; ``log``: a logarithmic horizontal axis.
+    """
+    for split, rows in histogram.groupby("split", sort=False):
+        edges = np.append(rows["left"].to_numpy(float), rows["right"].to_numpy(float)[-1])
+        at = edges / 86400 if dates else edges  # matplotlib's dates count days since 1970
+        name = SPLITS.get(split, "training" if split == "train" else split)
+        ax.stairs(100 * rows["share"], at, color=SPLIT_COLOURS.get(split, "#222222"), lw=1.4, label=name)
+    if dates:
+        locator = AutoDateLocator()
+        ax.xaxis.set_major_locator(locator)
+        ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    if log:
+        ax.set_xscale("log")
+    ax.set_xlabel(label)
+    _label_y(ax, "share of the split (%)")
+    return ax
+
+
+def hit_rate_curve(ax: Axes, curve: pd.DataFrame, floor: np.ndarray) -> Axes:
+    """Hit rate (%) against the length of the list, a line per split, and the ``floor`` (fractions) of a random list.
+
+    ``curve``: fractions, one row per list length (its index), one column per split.
+    """
+    for split in curve:
+        ax.plot(curve.index, 100 * curve[split], color=SPLIT_COLOURS.get(split), label=SPLITS.get(split, split))
+    ax.plot(curve.index, 100 * np.asarray(floor), color="#222222", ls=":", label="random list")
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("length of the list (items)")
+    _label_y(ax, "hit rate (%)")
+    return ax

@@ -1,0 +1,375 @@
+"""From finished runs to result tables: csv files, and the same as text for the console, notebooks and README.
+
+``collect`` reads the run folders of a study and returns its tables; ``python -m causaldpo_lib.tables STUDY``
+writes them to ``results/<study>/`` as csv. Everything shown anywhere is made from these files:
+
+    metrics.csv      setting, split, method, metric, mean, low, high, seeds, examples
+    paired.csv       setting, split, metric, method, baseline, difference, low, high, p, p_holm
+    shares.csv       setting, split, grouping, group, method, share, low, high
+    groups.csv       setting, split, grouping, group, method, mean, low, high, examples
+    diagnostics.csv  setting, method, seed, seconds, coverage and Gini of the lists, scalars of the training run
+    points-<setting>.csv  the environments stage's map of prompt states
+
+Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 % percentile bootstrap
+intervals over training seeds and users together (``stats``); floors have no seeds, so theirs is over users
+only. A Holm family is one metric in one split of one setting, with all its method-baseline comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from causaldpo_lib import metrics
+from causaldpo_lib.errors import StudyError
+from causaldpo_lib.evaluation import ENDS, K, Panel, group_rows, metric_rows, paired_rows, share_rows
+from causaldpo_lib.paths import NOTEBOOKS, RESULTS, from_root
+from causaldpo_lib.pipeline import load_run
+from causaldpo_lib.plots import SPLITS, look, metric_scale
+from causaldpo_lib.records import shown
+
+MAIN_METRICS = ("target_logp", f"causal_NDCG@{K}", "HR@10", "NDCG@10")
+TEST_SPLITS = ("iid_test", "ood_test")
+TABLES = ("metrics", "paired", "shares", "groups", "diagnostics")
+
+Frame = pd.DataFrame
+Tables = Mapping[str, Frame]
+
+
+# --- reading the runs ---
+
+
+def collect(study: Any) -> dict[str, Frame]:
+    """All tables of a study from its finished runs, by file stem; deterministic.
+
+    Raises:
+        StudyError: a run is missing, unfinished, or does not hold what its stage writes; the folder is named.
+    """
+    from causaldpo_lib.study import jobs
+
+    return collect_jobs(jobs(study))
+
+
+def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
+    """As ``collect``, from the jobs themselves: objects with stage, setting, method, seed and folder."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+    points: dict[str, Frame] = {}
+    for setting in dict.fromkeys(job.setting for job in jobs):
+        mine = [job for job in jobs if job.setting == setting]
+        panels = list(read_panels(setting, mine))
+        for panel in panels:
+            rows["metrics"] += metric_rows(panel)
+            rows["paired"] += paired_rows(panel)
+            rows["shares"] += share_rows(panel)
+            rows["groups"] += group_rows(panel)
+        rows["diagnostics"] += diagnostic_rows(setting, mine, panels)
+        for job in (job for job in mine if job.stage == "environments"):
+            points.setdefault(f"points-{setting}", pd.read_csv(_file(job, "points.csv")))
+    if not rows["metrics"]:
+        raise StudyError("the study has no ranking run: there is nothing to put into tables")
+    return {**{name: pd.DataFrame(content) for name, content in rows.items()}, **points}
+
+
+def read_panels(setting: str, jobs: Sequence[Any]) -> list[Panel]:
+    """The test splits of one setting, with the predictions of all its rank runs aligned by example.
+
+    Raises:
+        StudyError: as in ``collect``; or methods that were trained with different seeds, which cannot be
+        paired.
+    """
+    data = [job for job in jobs if job.stage == "data"]
+    ranked = [job for job in jobs if job.stage == "rank"]
+    if not data or not ranked:
+        return []
+    items = pd.read_parquet(_file(data[0], "items.parquet"))
+    examples = pd.read_parquet(_file(data[0], "examples.parquet"))
+    truth = data[0].folder / "truth.parquet"
+    preferences = (
+        pd.read_parquet(truth).pivot(index="user", columns="item", values="preference") if truth.exists() else None
+    )
+    runs: dict[str, dict[int, tuple[Any, Frame]]] = {}
+    for job in ranked:
+        runs.setdefault(job.method, {})[job.seed] = (job, pd.read_parquet(_file(job, "predictions.parquet")))
+    seeds = {method: sorted(by_seed) for method, by_seed in runs.items()}
+    if len({tuple(found) for found in seeds.values()}) > 1:
+        raise StudyError(f"{setting}: the methods were trained with different seeds ({seeds}): give all the same seeds")
+    panels = []
+    for split in TEST_SPLITS:
+        rows = examples[examples["split"] == split].sort_values("example")
+        if rows.empty:
+            continue
+        aligned = {m: [_align(*runs[m][seed], split, rows) for seed in seeds[m]] for m in runs}
+        panels.append(
+            Panel(
+                setting=setting,
+                split=split,
+                items=items,
+                users=rows["user"].to_numpy(),
+                targets=rows["item"].to_numpy(),
+                ranks={m: np.stack([part["rank"].to_numpy(float) for part in parts]) for m, parts in aligned.items()},
+                logps={
+                    m: np.stack([part["target_logp"].to_numpy(float) for part in parts]) for m, parts in aligned.items()
+                },
+                lists={
+                    m: np.stack([np.stack(part["items"].tolist()) for part in parts]) for m, parts in aligned.items()
+                },
+                preferences=None
+                if preferences is None
+                else preferences.loc[rows["user"], items["item"]].fillna(0.0).to_numpy(),
+            )
+        )
+    return panels
+
+
+def _file(job: Any, name: str) -> Path:
+    """A file of a job's run, which must be finished."""
+    path = load_run(job.folder, job.stage).folder / name
+    if not path.exists():
+        raise StudyError(f"{shown(path)} is missing: delete its folder and run the study again")
+    return path
+
+
+def _align(job: Any, predictions: Frame, split: str, examples: Frame) -> Frame:
+    rows = predictions[predictions["split"] == split].sort_values("example")
+    if not np.array_equal(rows["example"], examples["example"]) or not np.array_equal(rows["target"], examples["item"]):
+        raise StudyError(
+            f"{shown(Path(job.folder))} does not rank the {len(examples)} {split} examples of its data run: "
+            "delete the folder and run the study again"
+        )
+    return rows
+
+
+def diagnostic_rows(setting: str, jobs: Sequence[Any], panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    """Rows of diagnostics.csv: what training and environments were like, and how varied the lists are."""
+    rows = []
+    for job in jobs:
+        if job.stage not in ("sft", "align", "environments"):
+            continue
+        summary = load_run(job.folder, job.stage).summary
+        method = job.method if job.stage == "align" else job.stage
+        row = {"setting": setting, "method": method, "seed": job.seed, "seconds": summary.get("wall_seconds")}
+        for panel in panels:
+            if method not in panel.lists:
+                continue
+            seeds = sorted({other.seed for other in jobs if other.stage == "rank" and other.method == method})
+            shown_items = panel.places(panel.lists[method][seeds.index(job.seed)][:, :K])
+            row[f"coverage_{panel.split}"] = metrics.coverage(shown_items, len(panel.items), K)
+            row[f"gini_{panel.split}"] = metrics.gini(np.bincount(shown_items.ravel(), minlength=len(panel.items)))
+        rows.append({**row, **summary["scalars"]})
+    return rows
+
+
+def write(study: Any) -> list[Path]:
+    """Collect a study's tables into ``results/<study>/``; returns the files."""
+    tables = collect(study)
+    study.folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, table in tables.items():
+        paths.append(study.folder / f"{name}.csv")
+        table.to_csv(paths[-1], index=False, float_format="%.6g")
+    return paths
+
+
+# --- reading the tables ---
+
+
+def tables_folder(path: str | Path) -> Path:
+    """A study's folder of tables; a relative path is taken from ``notebooks/``, else from the root.
+
+    Raises:
+        StudyError: there is no metrics.csv.
+    """
+    for folder in (NOTEBOOKS / path, from_root(path)):
+        if (folder / "metrics.csv").exists():
+            return folder.resolve()
+    raise StudyError(
+        f"no metrics.csv in {str(path)!r}: run `make study STUDY={Path(path).name}` or give another folder"
+    )
+
+
+def figures_folder(figures: str | Path, tables: Path) -> Path:
+    """Where a reading notebook writes: ``figures`` (from the root), or ``results/figures/<study>``."""
+    return from_root(figures) if figures else RESULTS / "figures" / tables.name
+
+
+def read(path: str | Path) -> dict[str, Frame]:
+    """The tables of a study, by file stem, as ``write`` left them.
+
+    Raises:
+        StudyError: a table is missing or cannot be read.
+    """
+    folder = tables_folder(path)
+    found = {}
+    for file in [*(folder / f"{name}.csv" for name in TABLES), *sorted(folder.glob("points-*.csv"))]:
+        try:
+            found[file.stem] = pd.read_csv(file)
+        except (OSError, ValueError) as error:
+            raise StudyError(f"{shown(file)} cannot be read ({error}): make the study's tables again") from None
+    return found
+
+
+def settings(tables: Tables) -> list[str]:
+    """The settings of a study, in its order."""
+    return list(tables["metrics"]["setting"].unique())
+
+
+def select(table: Frame, **equal: Any) -> Frame:
+    """The rows of a table where each named column has the given value (or one of a list of values)."""
+    for column, value in equal.items():
+        table = table[table[column].isin(value if isinstance(value, list | tuple) else [value])]
+    return table.reset_index(drop=True)
+
+
+def histogram(table: Frame, column: str, bins: int = 30, log: bool = False) -> Frame:
+    """Per split, the share of its rows in common bins of ``column``: columns split, left, right, share.
+
+    ``log``: bins of equal width on a logarithmic scale; the values must be positive.
+    """
+    values = table[column].to_numpy(float)
+    low, high = values.min(), values.max()
+    edges = np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)
+    edges[0], edges[-1] = low, high  # geomspace rounds
+    parts = []
+    for split, rows in table.groupby("split", sort=False):
+        counts, _ = np.histogram(rows[column].to_numpy(float), edges)
+        share = counts / counts.sum()
+        parts.append(pd.DataFrame({"split": split, "left": edges[:-1], "right": edges[1:], "share": share}))
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- tables as text ---
+
+
+def main_metrics(table: Frame) -> Frame:
+    """The rows of the metrics that are reported first, in that order: primary endpoints, HR@10, NDCG@10."""
+    return pd.concat([select(table, metric=metric) for metric in MAIN_METRICS], ignore_index=True)
+
+
+def heading(metric: str) -> str:
+    """A short column title with the unit."""
+    short = {"target_logp": "log p (nats)", f"causal_NDCG@{K}": f"causal NDCG@{K} %"}
+    return short.get(metric, f"{metric} %")
+
+
+def cell(row: Mapping[str, Any], metric: str, value: str = "mean") -> str:
+    """A number with its interval (none where it has no width): shares with one decimal, others with two."""
+    digits = 1 if metric == "share" else 2
+    mean, low, high = (f"{metric_scale(metric) * row[name]:.{digits}f}" for name in (value, "low", "high"))
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def only_cell(rows: Frame, metric: str, value: str = "mean") -> str:
+    """``cell`` of the one row that was selected, empty if there is none."""
+    return cell(rows.iloc[0], metric, value) if len(rows) else ""
+
+
+def facts(tables: Tables, setting: str, split: str) -> str:
+    """How many seeds and examples stand behind a panel, and what one hit is worth."""
+    rows = select(tables["metrics"], setting=setting, split=split)
+    count, seeds = int(rows["examples"].iloc[0]), int(rows["seeds"].max())
+    points = 100 / count
+    many = "s" * (seeds != 1)
+    return f"{count:,} examples, {seeds} training seed{many}; one hit = {points:.3f} points of one seed's HR"
+
+
+def result_table(tables: Tables, setting: str, split: str, everything: bool = False) -> Frame:
+    """One panel as text cells: methods by the main (or all) metrics, and the shares of the groups at both ends."""
+    rows = select(tables["metrics"], setting=setting, split=split)
+    shares = select(tables["shares"], setting=setting, split=split, grouping="mass")
+    names = (pd.concat([main_metrics(rows), rows]) if everything else main_metrics(rows))["metric"].unique()
+    lines = []
+    for method in rows["method"].unique():
+        line = {"method": look(method).label}
+        for metric in names:
+            line[heading(metric)] = only_cell(select(rows, metric=metric, method=method), metric)
+        for group in ENDS:
+            share = select(shares, method=method, group=group)
+            line[f"share of {group} %"] = only_cell(share, "share", "share")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def diagnostics_table(tables: Tables, setting: str) -> Frame:
+    """The diagnostics of one setting as text cells, a column per trained method: means over seeds, texts joined."""
+    rows = select(tables["diagnostics"], setting=setting)
+    rows = rows[rows["method"] != "environments"].drop(columns=["setting", "seed"])
+
+    def text(values: pd.Series) -> str:
+        values = values.dropna()
+        if values.empty:
+            return ""
+        if pd.api.types.is_numeric_dtype(values):
+            return f"{values.mean():.4g}"
+        return ", ".join(dict.fromkeys(values.astype(str)))
+
+    columns = {
+        look(method).label: part.drop(columns="method").apply(text)
+        for method, part in rows.groupby("method", sort=False)
+    }
+    table = pd.DataFrame(columns).rename_axis("mean over seeds")
+    return table[(table != "").any(axis=1)]
+
+
+def markdown(table: Frame) -> str:
+    """A table of text cells in Markdown."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def markdown_table(folder: str | Path, setting: str) -> str:
+    """The main results of one setting in Markdown, for notebooks and the README: one table per test split."""
+    tables = read(folder)
+    parts = []
+    for split in select(tables["metrics"], setting=setting)["split"].unique():
+        about = f"{facts(tables, setting, split)}; 95 % intervals over seeds and users"
+        title = f"**{setting}, {SPLITS[split]}** ({about})"
+        parts += [title, markdown(result_table(tables, setting, split))]
+    return "\n\n".join(parts)
+
+
+def summary_text(folder: str | Path) -> str:
+    """The study's main results for the console: per setting and split, methods by metrics, with intervals."""
+    tables = read(folder)
+    lines = []
+    for setting in settings(tables):
+        for split in select(tables["metrics"], setting=setting)["split"].unique():
+            lines += ["", f"{setting}, {SPLITS[split]}: {facts(tables, setting, split)}"]
+            lines += _columns(result_table(tables, setting, split))
+    return "\n".join([*lines[1:], "", "[low, high]: 95 % bootstrap intervals over training seeds and users"])
+
+
+def _columns(table: Frame) -> list[str]:
+    rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+# --- command line ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a study's tables and print their paths; 0, or 1 after one sentence about what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.tables", description=main.__doc__)
+    parser.add_argument("study", help="name of params/studies/<name>.yaml")
+    options = parser.parse_args(arguments)
+    from causaldpo_lib.study import load_study
+
+    try:
+        for path in write(load_study(options.study)):
+            print(shown(path))
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,336 @@
+"""Takeaways: sentences computed from the result tables, phrased to stay true whatever the numbers are.
+
+A difference is called ``raised`` or ``lowered`` only if its 95 % interval leaves out 0 and its p-value is at
+most 0.05 after Holm's correction within its family (one metric in one split of one setting); everything else
+is ``no detectable change``, which is not a claim of equality.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from causaldpo_lib.evaluation import ENDS, FLOORS, K, ndcg_metric, share_metric
+from causaldpo_lib.plots import GROUPINGS, SPLITS, look, metric_name, metric_scale, metric_unit
+from causaldpo_lib.tables import (
+    TEST_SPLITS,
+    Tables,
+    cell,
+    main_metrics,
+    only_cell,
+    select,
+    settings,
+)
+
+Frame = pd.DataFrame
+LEVEL = 0.05  # of a claim, after Holm's correction
+ALIGNED = (("dpo", "sft"), ("causal_dpo", "dpo"), ("shuffled", "dpo"))  # what each step changes
+
+
+def verdict(low: float, high: float, p: float | None = None) -> str:
+    """What an interval of a difference shows: ``raised``, ``lowered``, or ``no detectable change``.
+
+    The interval must leave out 0, and where a (corrected) p-value is given it must be at most 0.05.
+    """
+    if (p is not None and p > LEVEL) or low <= 0 <= high or np.isnan([low, high]).any():
+        return "no detectable change"
+    return "raised" if low > 0 else "lowered"
+
+
+class Change(NamedTuple):
+    """A paired difference as a row of paired.csv, with its verdict."""
+
+    metric: str
+    method: str
+    baseline: str
+    difference: float
+    low: float
+    high: float
+    p_holm: float
+
+    @property
+    def word(self) -> str:
+        """``raised``, ``lowered`` or ``no detectable change``."""
+        return verdict(self.low, self.high, self.p_holm)
+
+    @property
+    def size(self) -> str:
+        """The difference with its interval, signed, in points or nats, and the corrected p-value."""
+        scale = metric_scale(self.metric)
+        mean, low, high = (f"{scale * x:+.2f}" for x in (self.difference, self.low, self.high))
+        return f"{mean} {metric_unit(self.metric, difference=True)} [{low}, {high}], p = {self.p_holm:.3f}"
+
+    def sentence(self, what: str) -> str:
+        """``DPO raised <what> against SFT (+3.10 points [...])``, without a full stop."""
+        method, baseline = look(self.method).label, look(self.baseline).label
+        if self.word == "no detectable change":
+            return f"{method} shows no detectable change in {what} against {baseline} ({self.size})"
+        return f"{method} {self.word} {what} against {baseline} ({self.size})"
+
+
+def change(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> Change | None:
+    """The paired difference of two methods, or None where the study has not measured it."""
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric, method=method, baseline=baseline)
+    return Change(**{name: rows[name].iloc[0] for name in Change._fields}) if len(rows) else None
+
+
+def _sentence(found: Change | None, what: str, method: str, baseline: str) -> str:
+    if found is None:
+        return f"{look(method).label} was not compared with {look(baseline).label}."
+    return found.sentence(what) + "."
+
+
+def _takeaway(where: str, sentences: list[str], details: list[str]) -> str:
+    """The quotable sentences in bold-headed prose, the rest as a list below, in Markdown."""
+    return "\n".join([f"**Takeaway.** *{where}* {' '.join(sentences)}", "", *(f"- {text}" for text in details)])
+
+
+def _share(tables: Tables, setting: str, split: str, grouping: str, group: str, method: str) -> str:
+    key = {"setting": setting, "split": split, "grouping": grouping, "group": group, "method": method}
+    text = only_cell(select(tables["shares"], **key), "share", "share")
+    return f"{text} %" if text else "not measured"
+
+
+def shares_takeaway(tables: Tables, setting: str, split: str, grouping: str = "mass") -> str:
+    """Did DPO amplify popularity, did CausalDPO undo it, did its control do as well? In Markdown."""
+
+    def compare(method: str, baseline: str, group: str) -> Change | None:
+        return change(tables, setting, split, share_metric(grouping, group), method, baseline)
+
+    levels = ", ".join(
+        f"{look(m).label} {_share(tables, setting, split, grouping, 'G1', m)}"
+        for m in ("training", "targets", "sft", "dpo", "causal_dpo", "shuffled")
+        if len(select(tables["shares"], setting=setting, split=split, method=m))
+    )
+    top, bottom = (
+        [_sentence(compare(m, b, group), f"the share of {group}", m, b) for m, b in ALIGNED] for group in ENDS
+    )
+    return _takeaway(
+        f"{setting}, {SPLITS[split]}, {GROUPINGS[grouping]}.",
+        [*top, control_sentence(compare("causal_dpo", "shuffled", "G1"), "the share of G1")],
+        [f"Share of the most popular group, G1: {levels}.", " ".join(bottom)],
+    )
+
+
+def control_sentence(control: Change | None, what: str) -> str:
+    """What the comparison of CausalDPO with its shuffled control says about the inferred environments."""
+    if control is None:
+        return "Without the shuffled control nothing can be said about the inferred environments."
+    if control.word == "no detectable change":
+        return (
+            f"CausalDPO and its control with shuffled memberships cannot be told apart in {what} "
+            f"({control.size}), so no effect of the inferred environments is shown here."
+        )
+    return (
+        f"With the inferred environments {what} is {'higher' if control.word == 'raised' else 'lower'} than "
+        f"with shuffled memberships ({control.size}): the environments themselves make this difference."
+    )
+
+
+def groups_takeaway(tables: Tables, setting: str, split: str, grouping: str = "mass") -> str:
+    """Does accuracy fall from popular to unpopular targets, does alignment change the ends? In Markdown."""
+    rows = select(tables["groups"], setting=setting, split=split, grouping=grouping)
+    changes = [
+        [
+            _sentence(change(tables, setting, split, ndcg_metric(grouping, g), m, b), f"NDCG@{K} on {g}", m, b)
+            for m, b in ALIGNED[:2]
+        ]
+        for g in ENDS
+    ]
+    control = change(tables, setting, split, ndcg_metric(grouping, "G5"), "causal_dpo", "shuffled")
+    return _takeaway(
+        f"{setting}, {SPLITS[split]}, {GROUPINGS[grouping]}.",
+        [*changes[1], control_sentence(control, f"NDCG@{K} on G5")],
+        [" ".join(changes[0]), *(_fall(select(rows, method=m), m) for m in rows["method"].unique())],
+    )
+
+
+def _fall(rows: Frame, method: str) -> str:
+    """How a method's accuracy on the least popular group compares with the most popular one, by intervals."""
+    ends = [select(rows, group=group) for group in ENDS]
+    if any(end.empty or not end["examples"].iloc[0] for end in ends):
+        return f"{look(method).label} has no test examples in {' or '.join(ENDS)}."
+    first, last = (end.iloc[0] for end in ends)
+    word = "is lower than" if last["high"] < first["low"] else "does not differ clearly from that"
+    word = "is higher than" if last["low"] > first["high"] else word
+    values = f"{cell(last, 'NDCG')} % against {cell(first, 'NDCG')} %"
+    return f"{look(method).label}: NDCG@{K} on G5 {word} on G1 ({values})."
+
+
+def results_takeaway(tables: Tables, setting: str, split: str) -> str:
+    """Every endpoint: DPO against SFT, CausalDPO against DPO and against its control. In Markdown.
+
+    The first of ``MAIN_METRICS``, the most sensitive one, is the headline.
+    """
+    rows = select(tables["metrics"], setting=setting, split=split)
+    lines = []
+    for metric in main_metrics(rows)["metric"].unique():
+        what = "the target's log-probability" if metric == "target_logp" else metric_name(metric)
+        found = [(change(tables, setting, split, metric, m, b), m, b) for m, b in ALIGNED[:2]]
+        sentences = [_sentence(difference, what, m, b) for difference, m, b in found]
+        control = change(tables, setting, split, metric, "causal_dpo", "shuffled")
+        lines.append(" ".join([*sentences, control_sentence(control, what)]))
+    return _takeaway(f"{setting}, {SPLITS[split]}.", lines[:1], [*lines[1:], floor_sentence(rows)])
+
+
+def floor_sentence(rows: Frame) -> str:
+    """Which methods are clearly above the most-popular floor in HR@10: their intervals do not overlap."""
+    hit = select(rows, metric="HR@10")
+    floor = select(hit, method="popular").iloc[0]
+    above = [look(r.method).label for r in hit.itertuples() if r.method not in FLOORS and r.low > floor["high"]]
+    return (
+        f"Clearly above the most-popular floor in HR@10 ({cell(floor, 'HR@10')} %): "
+        f"{', '.join(above) if above else 'no method'}."
+    )
+
+
+def diagnostics_takeaway(tables: Tables, setting: str, method: str = "causal_dpo") -> str:
+    """What a method's pseudo-environments were: number, noise, sharpness, agreement. In Markdown."""
+    rows = select(tables["diagnostics"], setting=setting, method=method)
+    if rows.empty or "environments" not in rows or rows["environments"].isna().all():
+        return f"**Takeaway.** {setting}: no pseudo-environments were recorded for {look(method).label}."
+
+    def values(column: str, form: str) -> str:
+        if column not in rows or rows[column].isna().all():
+            return "not recorded"
+        return ", ".join(format(value, form) for value in rows[column].dropna())
+
+    parts = [
+        f"environments K = {values('environments', '.0f')}",
+        f"share of noise points {values('noise_share', '.2f')}",
+        f"membership entropy {values('membership_entropy', '.2f')} (0 hard, 1 flat)",
+        f"smallest effective sample size {values('effective_sample_size', '.2f')} of the rows",
+        f"agreement with the popularity of the history {values('ami_history_group', '.2f')}",
+    ]
+    if "ami_true_environment" in rows and rows["ami_true_environment"].notna().any():
+        parts.append(f"agreement with the true environment {values('ami_true_environment', '.2f')}")
+    note = " Agreement is adjusted mutual information: 0 is chance, 1 the same partition."
+    return f"**Takeaway.** {setting}, {look(method).label}, one value per seed: " + "; ".join(parts) + "." + note
+
+
+def caption(tables: Tables, setting: str) -> str:
+    """What stands behind a figure of one setting: examples, seeds, and what the whiskers are. In Markdown."""
+    rows = select(tables["metrics"], setting=setting)
+    counts = rows.groupby("split", sort=False)["examples"].first()
+    examples = ", ".join(f"{SPLITS[split]} {count:,} examples" for split, count in counts.items())
+    seeds = int(rows["seeds"].max())
+    many = "s" * (seeds != 1)
+    return (
+        f"*{setting}: {examples}; means over {seeds} training seed{many}; whiskers: 95 % percentile bootstrap "
+        "intervals over seeds and users.*"
+    )
+
+
+def paired_table(tables: Tables, setting: str, split: str, metric: str) -> Frame:
+    """The paired differences of one metric as text cells, with corrected p-values and verdicts."""
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric)
+    lines = [
+        {
+            "comparison": f"{look(row.method).label} − {look(row.baseline).label}",
+            f"difference ({metric_unit(metric, difference=True)})": cell(row._asdict(), metric, "difference"),
+            "p": f"{row.p:.3f}",
+            "p (Holm)": f"{row.p_holm:.3f}",
+            "verdict": verdict(row.low, row.high, row.p_holm),
+        }
+        for row in rows.itertuples()
+    ]
+    return pd.DataFrame(lines)
+
+
+class Claim(NamedTuple):
+    """A statement of the paper as a signed paired difference: sign +1 where it says ``method`` is higher."""
+
+    text: str
+    metric: str
+    method: str
+    baseline: str
+    sign: int
+    splits: tuple[str, ...] = TEST_SPLITS
+
+
+CLAIMS = (
+    Claim("DPO shows the most popular items more than SFT", share_metric("mass", "G1"), "dpo", "sft", 1),
+    Claim("DPO shows the least popular items less than SFT", share_metric("mass", "G5"), "dpo", "sft", -1),
+    Claim(
+        "CausalDPO shows the most popular items less than DPO",
+        share_metric("mass", "G1"),
+        "causal_dpo",
+        "dpo",
+        -1,
+    ),
+    Claim(
+        "CausalDPO shows the least popular items more than DPO",
+        share_metric("mass", "G5"),
+        "causal_dpo",
+        "dpo",
+        1,
+    ),
+    Claim("CausalDPO ranks better than DPO under shift", "NDCG@10", "causal_dpo", "dpo", 1, ("ood_test",)),
+    Claim(
+        "CausalDPO fits the targets better than DPO under shift",
+        "target_logp",
+        "causal_dpo",
+        "dpo",
+        1,
+        ("ood_test",),
+    ),
+    Claim(
+        "CausalDPO is causally better than DPO under shift",
+        f"causal_NDCG@{K}",
+        "causal_dpo",
+        "dpo",
+        1,
+        ("ood_test",),
+    ),
+    Claim(
+        "CausalDPO is better than DPO on unpopular targets",
+        ndcg_metric("mass", "G5"),
+        "causal_dpo",
+        "dpo",
+        1,
+        ("ood_test",),
+    ),
+    Claim(
+        "Inferred environments reduce popularity more than shuffled ones",
+        share_metric("mass", "G1"),
+        "causal_dpo",
+        "shuffled",
+        -1,
+    ),
+    Claim(
+        "Inferred environments fit the targets better than shuffled ones under shift",
+        "target_logp",
+        "causal_dpo",
+        "shuffled",
+        1,
+        ("ood_test",),
+    ),
+)
+
+
+def claim_table(tables: Tables) -> Frame:
+    """Every claim wherever it can be tested: reproduced, contradicted, or not detected."""
+    lines = []
+    for claim in CLAIMS:
+        for setting in settings(tables):
+            for split in claim.splits:
+                found = change(tables, setting, split, claim.metric, claim.method, claim.baseline)
+                if found is None:
+                    continue
+                word = "not detected"
+                if found.word != "no detectable change":
+                    word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"
+                key = {"claim": claim.text, "setting": setting, "split": SPLITS[split]}
+                lines.append({**key, "result": word, "difference": found.size})
+    return pd.DataFrame(lines, columns=["claim", "setting", "split", "result", "difference"])
+
+
+def unreproduced(tables: Tables) -> str:
+    """A Markdown list of the claims that the study contradicts or does not detect, with their intervals."""
+    rows = claim_table(tables)
+    missing = rows[rows["result"] != "reproduced"]
+    count = f"{len(rows) - len(missing)} of {len(rows)} tested statements are reproduced."
+    lines = [f"- {r.claim}: **{r.result}** on {r.setting}, {r.split} ({r.difference})." for r in missing.itertuples()]
+    return "\n".join([f"**Takeaway.** {count}", "", *lines]).rstrip()

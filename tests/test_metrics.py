@@ -1,0 +1,146 @@
+"""Ranking metrics against hand values, loops, and identities that hold for any ranks."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from causaldpo_lib import metrics
+
+some_ranks = st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=60)
+CUTOFFS = (1, 3, 10, 20)
+
+
+HAND_VALUES = [(0, 1.0), (1, 0.630930), (4, 0.386853), (9, 0.289065), (10, 0.0)]
+
+
+@pytest.mark.parametrize(("rank", "value"), HAND_VALUES)
+def test_ndcg_of_one_example_has_the_published_value(rank, value):
+    assert metrics.ndcg_at_k([rank], 10) == pytest.approx(value, abs=5e-7)
+
+
+def test_hit_rate_counts_a_rank_equal_to_k_as_a_miss():
+    assert metrics.hit_rate_at_k([0, 9, 10, 25], 10) == 0.5
+    assert metrics.hit_rate_at_k([0, 9, 10, 25], 20) == 0.75
+    assert metrics.hit_rate_at_k([math.inf], 20) == 0.0
+
+
+@given(some_ranks, st.sampled_from(CUTOFFS))
+def test_metrics_equal_a_loop(ranks, k):
+    hit = gain = 0.0
+    for rank in ranks:
+        if rank < k:
+            hit += 1
+            gain += 1 / math.log2(rank + 2)
+    assert metrics.hit_rate_at_k(ranks, k) == pytest.approx(hit / len(ranks))
+    assert metrics.ndcg_at_k(ranks, k) == pytest.approx(gain / len(ranks))
+
+
+@given(some_ranks, st.sampled_from(CUTOFFS))
+def test_ndcg_lies_between_its_bounds(ranks, k):
+    hit, gain = metrics.hit_rate_at_k(ranks, k), metrics.ndcg_at_k(ranks, k)
+    assert hit / math.log2(k + 1) - 1e-12 <= gain <= hit + 1e-12
+
+
+@given(some_ranks)
+def test_ndcg_at_20_exceeds_ndcg_at_10_by_what_the_extra_hits_are_worth(ranks):
+    extra_hits = metrics.hit_rate_at_k(ranks, 20) - metrics.hit_rate_at_k(ranks, 10)
+    extra_gain = metrics.ndcg_at_k(ranks, 20) - metrics.ndcg_at_k(ranks, 10)
+    assert extra_hits / math.log2(21) - 1e-12 <= extra_gain <= extra_hits / math.log2(12) + 1e-12
+
+
+@given(some_ranks)
+def test_means_are_the_means_of_the_examples(ranks):
+    assert metrics.hit_rate_at_k(ranks, 10) == pytest.approx(np.mean(metrics.hits(ranks, 10)))
+    assert metrics.ndcg_at_k(ranks, 10) == pytest.approx(np.mean(metrics.gains(ranks, 10)))
+
+
+@pytest.mark.parametrize("function", [metrics.hit_rate_at_k, metrics.ndcg_at_k])
+@pytest.mark.parametrize(
+    ("ranks", "k", "says"),
+    [
+        ([0, math.nan], 10, "NaN"),
+        ([0, -1], 10, "negative"),
+        ([0], 0, "k must be"),
+        ([0], True, "k must be"),
+        ([0], 2.5, "k must be"),
+        ([], 10, "no example"),
+    ],
+)
+def test_bad_input_is_refused(function, ranks, k, says):
+    with pytest.raises(ValueError, match=says):
+        function(ranks, k)
+
+
+def test_causal_ndcg_of_a_hand_worked_list():
+    preferences = [[0.5, 0.3, 0.2]]
+    best = 0.5 + 0.3 / math.log2(3)
+    swapped = (0.2 + 0.5 / math.log2(3)) / best
+    assert metrics.causal_ndcg_at_k([[0.2, 0.5]], preferences, 2) == pytest.approx(swapped)
+    assert metrics.causal_ndcg_at_k([[0.5, 0.3]], preferences, 2) == pytest.approx(1.0)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 8))
+def test_causal_ndcg_equals_a_loop_and_never_exceeds_the_ideal_order(seed, k):
+    rng = np.random.default_rng(seed)
+    everything = rng.dirichlet(np.ones(8), size=5)
+    lists = np.stack([rng.permutation(8) for _ in range(5)])
+    expected = []
+    for row, items in zip(everything, lists, strict=True):
+        dcg = sum(row[item] / math.log2(r + 2) for r, item in enumerate(items[:k]))
+        ideal = sum(p / math.log2(r + 2) for r, p in enumerate(sorted(row, reverse=True)[:k]))
+        expected.append(dcg / ideal)
+    found = metrics.causal_ndcg_at_k(np.take_along_axis(everything, lists, 1), everything, k)
+    assert found == pytest.approx(np.mean(expected))
+    assert 0 <= found <= 1 + 1e-12
+
+
+def test_causal_ndcg_refuses_what_has_no_value():
+    with pytest.raises(ValueError, match="no positive preference"):
+        metrics.causal_ndcg_at_k([[0.0]], [[0.0, 0.0]], 1)
+    with pytest.raises(ValueError, match="finite and not negative"):
+        metrics.causal_ndcg_at_k([[-0.1]], [[0.5]], 1)
+    with pytest.raises(ValueError, match="1 recommended lists but 2"):
+        metrics.causal_ndcg_at_k([[0.1]], [[0.5], [0.5]], 1)
+
+
+def test_group_shares_count_slots_in_the_first_k():
+    groups = {1: "G1", 2: "G1", 3: "G2", 4: "G3"}
+    assert metrics.group_shares([[1, 3, 4], [2, 1, 4]], groups, 2) == {"G1": 0.75, "G2": 0.25, "G3": 0.0}
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_group_shares_sum_to_one_overall_and_at_every_example(seed, k):
+    rng = np.random.default_rng(seed)
+    items = np.stack([rng.permutation(12)[:6] for _ in range(7)])
+    groups = {item: f"G{item % 5 + 1}" for item in range(12)}
+    assert sum(metrics.group_shares(items, groups, k).values()) == pytest.approx(1.0)
+    assert np.allclose(sum(metrics.group_slots(items, groups, k).values()), 1.0)
+
+
+def test_group_shares_refuse_short_lists_and_items_without_a_group():
+    with pytest.raises(ValueError, match="at least k = 3"):
+        metrics.group_shares([[1, 2]], {1: "G1", 2: "G1"}, 3)
+    with pytest.raises(ValueError, match="the first is 9"):
+        metrics.group_shares([[1, 9]], {1: "G1"}, 2)
+
+
+def test_gini_of_equal_and_of_concentrated_counts():
+    assert metrics.gini([3, 3, 3, 3]) == pytest.approx(0.0)
+    assert metrics.gini([0, 0, 0, 5]) == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="not all 0"):
+        metrics.gini([0, 0])
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=15).filter(any))
+def test_gini_is_half_the_relative_mean_difference(counts):
+    pairs = sum(abs(a - b) for a in counts for b in counts)
+    assert metrics.gini(counts) == pytest.approx(pairs / (2 * len(counts) * sum(counts)))
+
+
+def test_coverage_counts_different_items_once():
+    assert metrics.coverage([[1, 2, 9], [2, 3, 8]], 10, 2) == 0.3
+    with pytest.raises(ValueError, match="cannot show"):
+        metrics.coverage([[1, 2]], 1, 2)

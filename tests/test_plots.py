@@ -1,0 +1,198 @@
+"""Figures show exactly the values they are given, methods keep their look, reading notebooks draw everything."""
+
+import json
+import re
+from itertools import pairwise
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from fabricated import setting
+
+from causaldpo_lib import plots, tables
+from causaldpo_lib.paths import NOTEBOOKS, PARAMS
+
+READING = ("06_popularity_amplification", "07_group_wise_analysis", "08_results_tables")
+METHODS = ("sft", "dpo", "causal_dpo", "shuffled")
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A folder of tables made from fabricated runs of two settings."""
+    root = tmp_path_factory.mktemp("study")
+    jobs = setting(root / "runs", "simulated-environment", truth=True) + setting(root / "runs", "ml-100k-popularity")
+    for name, table in tables.collect_jobs(jobs).items():
+        table.to_csv(root / f"{name}.csv", index=False)
+    return root
+
+
+def ax_of(fig_and_axes):
+    return fig_and_axes[1][0, 0]
+
+
+def shares(methods=METHODS):
+    rows = [
+        {"group": f"G{g}", "method": m, "share": 0.1 * g, "low": 0.1 * g - 0.02, "high": 0.1 * g + 0.03}
+        for m in methods
+        for g in range(1, 6)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_bars_are_the_shares_in_percent():
+    ax = plots.group_shares(ax_of(plots.panels()), shares())
+    heights = [[bar.get_height() for bar in bars] for bars in ax.containers if hasattr(bars, "patches")]
+    assert np.allclose(heights, [[10, 20, 30, 40, 50]] * 4)
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["G1", "G2", "G3", "G4", "G5"]
+    assert ax.get_ylim()[0] == 0 and "%" in ax.get_ylabel()
+
+
+def test_references_are_no_bars():
+    ax = plots.group_shares(ax_of(plots.panels()), shares(("training", "dpo", "targets")))
+    assert len([c for c in ax.containers if hasattr(c, "patches")]) == 1
+    assert set(ax.get_legend_handles_labels()[1]) == {"Training data", "Test targets", plots.look("dpo").label}
+
+
+def test_bars_of_a_group_do_not_overlap():
+    ax = plots.group_shares(ax_of(plots.panels()), shares())
+    edges = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bars in ax.containers[::2] for bar in bars)
+    assert all(right <= left + 1e-9 for (_, right), (left, _) in pairwise(edges))
+
+
+def test_group_accuracy_shows_sizes_and_leaves_empty_groups_out():
+    rows = [
+        {"group": g, "method": m, "mean": 0.2, "low": 0.1, "high": 0.4, "examples": 1200}
+        for m in METHODS
+        for g in ("G1", "G2")
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[table["group"] == "G2", ["mean", "low", "high"]] = np.nan
+    table.loc[table["group"] == "G2", "examples"] = 0
+    fig, axes = plots.panels()
+    ax = plots.group_ndcg(axes[0, 0], table)
+    fig.canvas.draw()
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["G1\n1,200", "G2\n0"]
+    assert ax.get_ylim()[1] > 40 and ax.get_ylim()[0] <= 0
+
+
+def test_panels_that_share_an_axis_cut_nothing():
+    one, other = shares().assign(split="iid_test"), shares().assign(split="ood_test")
+    one["share"] *= 0.1
+    one["low"], one["high"] = one["share"], one["share"]
+    fig = plots.by_split(pd.concat([one, other]), plots.group_shares, "title")
+    assert all(ax.get_ylim()[1] >= 53 for ax in fig.axes)
+    assert [ax.get_ylabel() != "" for ax in fig.axes] == [True, False]
+    assert [ax.get_title() for ax in fig.axes] == ["IID test", "OOD test"]
+
+
+@pytest.mark.parametrize(("metric", "scale", "unit"), [("HR@10", 100, "(%)"), ("target_logp", 1, "(nats)")])
+def test_forest_plot_has_a_row_per_method_in_the_metrics_unit(metric, scale, unit):
+    rows = [
+        {"split": s, "method": m, "metric": metric, "mean": 0.2, "low": 0.1, "high": 0.4}
+        for s in ("iid_test", "ood_test")
+        for m in (*METHODS, "random")
+    ]
+    ax = plots.metric_intervals(ax_of(plots.panels()), pd.DataFrame(rows))
+    assert [text.get_text() for text in ax.get_yticklabels()] == [plots.look(m).label for m in (*METHODS, "random")]
+    assert unit in ax.get_xlabel()
+    points = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1 and line.get_marker() == "o"]
+    assert np.allclose(points, 0.2 * scale) and len(points) == 10
+
+
+def test_differences_show_no_effect():
+    rows = [
+        {"split": s, "method": "dpo", "baseline": "sft", "metric": "HR@10", "difference": 0.1, "low": 0.0, "high": 0.2}
+        for s in ("iid_test", "ood_test")
+    ]
+    ax = plots.paired_differences(ax_of(plots.panels()), pd.DataFrame(rows))
+    assert any(np.allclose(line.get_xdata(), 0) for line in ax.lines if len(line.get_xdata()) == 2)
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["DPO − SFT"]
+    assert "points" in ax.get_xlabel()
+
+
+def test_umap_shows_every_point_once_under_its_value():
+    points = pd.DataFrame({"umap_x": [0.0, 1, 2, 3], "umap_y": [0.0, 1, 2, 3], "environment": [-1, 0, 1, 1]})
+    ax = plots.umap_points(ax_of(plots.panels()), points, "environment")
+    assert [len(drawn.get_offsets()) for drawn in ax.collections] == [1, 1, 2]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["none", "0", "1"]
+
+
+def test_training_curves_draw_a_line_per_seed_and_one_label_per_method():
+    log = pd.DataFrame({"step": [1, 2] * 4, "loss": [2.0, 1.0] * 3 + [2.0, np.nan]})
+    log["method"], log["seed"] = ["dpo"] * 4 + ["causal_dpo"] * 4, [1, 1, 2, 2] * 2
+    ax = plots.training_curves(ax_of(plots.panels()), log, "loss", "DPO loss (nats)")
+    assert [len(line.get_xdata()) for line in ax.lines] == [2, 2, 2, 1]
+    assert ax.get_legend_handles_labels()[1] == [plots.look("dpo").label, plots.look("causal_dpo").label]
+    assert len(plots.training_curves(ax_of(plots.panels()), log[["step", "loss"]], "loss").lines) == 1
+
+
+@pytest.mark.parametrize("dates", [False, True])
+def test_histograms_outline_each_split(dates):
+    rows = pd.DataFrame({"split": ["train"] * 3 + ["ood_test"] * 3, "time": [8.7e8, 8.8e8, 8.9e8] * 2})
+    fig, axes = plots.panels()
+    ax = plots.split_histograms(axes[0, 0], tables.histogram(rows, "time", bins=4), "time", dates=dates)
+    fig.canvas.draw()
+    assert len(ax.patches) == 2
+    assert np.allclose([patch.get_data().values.sum() for patch in ax.patches], 100)
+
+
+def test_methods_keep_distinct_looks_and_the_labels_of_their_files():
+    looks = [plots.look(method) for method in METHODS]
+    assert len({look.colour for look in looks}) == len({look.marker for look in looks}) == len(METHODS)
+    for file in (PARAMS / "methods").glob("*.yaml"):
+        assert f"label: {plots.look(file.stem).label}" in file.read_text("utf8")
+    assert plots.look("brand_new").label == "brand_new" and plots.look("brand_new") == plots.look("brand_new")
+
+
+def test_saving_writes_the_picture_and_its_values(tmp_path):
+    table = shares()
+    fig, axes = plots.panels()
+    plots.group_shares(axes[0, 0], table)
+    image = plots.save(fig, "motivation", table, tmp_path / "new")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    pd.testing.assert_frame_equal(pd.read_csv(image.with_suffix(".csv")), table)
+    again = plots.save(fig, "again", table, tmp_path / "new")
+    assert again.read_bytes() == image.read_bytes()
+
+
+def code_of(notebook):
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text("utf8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", READING)
+def test_reading_notebook_draws_and_explains_every_setting(notebook, study, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+    parameters, *cells = code_of(notebook)
+    namespace: dict[str, object] = {}
+    exec(parameters, namespace)
+    assert namespace["figures"] == "" and namespace["tables"].startswith("../figures/")
+    namespace |= {"tables": str(study), "figures": str(tmp_path)}
+    for cell in cells:
+        exec(cell, namespace)
+    images = {path.stem for path in tmp_path.glob("*.png")}
+    assert images and images == {path.stem for path in tmp_path.glob("*.csv")}
+    for name in ("simulated-environment", "ml-100k-popularity"):
+        assert any(stem.endswith(name) for stem in images)
+    texts = [thing.data for thing in shown if hasattr(thing, "data")]
+    assert any(text.startswith("**Takeaway.**") for text in texts)
+    assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
+    assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
+
+
+def test_hit_rate_curve_draws_percentages_and_the_floor():
+    curve = pd.DataFrame({"iid_test": [0.1, 0.3], "ood_test": [0.0, 0.2]}, index=[1, 2])
+    ax = plots.hit_rate_curve(ax_of(plots.panels()), curve, floor=np.array([0.01, 0.02]))
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert drawn == {"IID test": [10, 30], "OOD test": [0, 20], "random list": [1, 2]}

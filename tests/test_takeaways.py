@@ -1,0 +1,192 @@
+"""Sentences that must follow the numbers: every verdict, every claim, and tables with methods missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from causaldpo_lib import takeaways
+from causaldpo_lib.evaluation import ndcg_metric, share_metric
+
+KEY = {"setting": "made-up", "split": "ood_test"}
+UP, DOWN, NOTHING = (0.1, 0.05, 0.15, 0.006), (-0.1, -0.15, -0.05, 0.006), (0.01, -0.02, 0.04, 0.6)
+PAIRS = [("dpo", "sft"), ("causal_dpo", "dpo"), ("shuffled", "dpo"), ("causal_dpo", "shuffled")]
+
+
+def made_up(changes=None, default=NOTHING, pairs=PAIRS):
+    """Tables in which every paired difference is ``default``, except those in ``changes``."""
+    changes = changes or {}
+    metrics = ["target_logp", "HR@10", "NDCG@10"]
+    ends = [make("mass", group) for make in (share_metric, ndcg_metric) for group in ("G1", "G5")]
+    paired = []
+    for metric in [*metrics, *ends]:
+        for method, baseline in pairs:
+            numbers = changes.get((metric, method, baseline), default)
+            found = dict(zip(("difference", "low", "high", "p_holm"), numbers, strict=True))
+            paired.append({**KEY, "metric": metric, "method": method, "baseline": baseline, "p": 0.001, **found})
+    methods = list(dict.fromkeys(method for pair in pairs for method in reversed(pair)))
+    level = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    rows = [{**KEY, "method": m, "metric": k, **level, "seeds": 3, "examples": 50} for m in methods for k in metrics]
+    floor = [{**KEY, "method": "popular", "metric": "HR@10", "mean": 0.05, "low": 0.04, "high": 0.06, "examples": 50}]
+    share = {"grouping": "mass", "share": 0.2, "low": 0.1, "high": 0.3}
+    shares = [{**KEY, **share, "method": m, "group": g} for m in [*methods, "training"] for g in ("G1", "G5")]
+    fall = {"G1": (0.5, 0.4, 0.6, 20), "G5": (0.1, 0.05, 0.2, 30)}
+    groups = [
+        {**KEY, "grouping": "mass", "method": m, "group": g, "mean": a, "low": b, "high": c, "examples": n}
+        for m in methods
+        for g, (a, b, c, n) in fall.items()
+    ]
+    diagnostics = [
+        {
+            **KEY,
+            "method": "causal_dpo",
+            "seed": s,
+            "environments": 4,
+            "noise_share": 0.1 * s,
+            "ami_true_environment": 0.5,
+        }
+        for s in (1, 2)
+    ]
+    columns = {
+        "metrics": rows + floor,
+        "paired": paired,
+        "shares": shares,
+        "groups": groups,
+        "diagnostics": diagnostics,
+    }
+    return {name: pd.DataFrame(content) for name, content in columns.items()}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "p", "word"),
+    [
+        (0.1, 0.2, None, "raised"),
+        (-0.2, -0.1, 0.01, "lowered"),
+        (-0.1, 0.1, 0.01, "no detectable change"),
+        (0.1, 0.2, 0.06, "no detectable change"),
+        (0.0, 0.2, 0.01, "no detectable change"),
+        (np.nan, np.nan, None, "no detectable change"),
+    ],
+)
+def test_verdict_needs_the_interval_and_the_corrected_p(low, high, p, word):
+    assert takeaways.verdict(low, high, p) == word
+
+
+def test_change_is_shown_in_points_or_nats():
+    found = takeaways.change(made_up(default=UP), "made-up", "ood_test", "HR@10", "dpo", "sft")
+    assert found.size == "+10.00 points [+5.00, +15.00], p = 0.006"
+    assert found.sentence("HR@10") == "DPO raised HR@10 against SFT (+10.00 points [+5.00, +15.00], p = 0.006)"
+    found = takeaways.change(made_up(default=DOWN), "made-up", "ood_test", "target_logp", "dpo", "sft")
+    assert found.size == "-0.10 nats [-0.15, -0.05], p = 0.006"
+    assert takeaways.change(made_up(), "elsewhere", "ood_test", "HR@10", "dpo", "sft") is None
+
+
+@pytest.mark.parametrize(("numbers", "says"), [(UP, "raised"), (DOWN, "lowered"), (NOTHING, "no detectable change in")])
+def test_shares_takeaway_follows_the_numbers(numbers, says):
+    tables = made_up({(share_metric("mass", "G1"), "dpo", "sft"): numbers})
+    text = takeaways.shares_takeaway(tables, "made-up", "ood_test")
+    assert text.startswith("**Takeaway.** *made-up, OOD test, groups of equal training mass.* DPO ")
+    first = text.split("against SFT")[0]
+    assert f"{says} the share of G1" in first
+    assert "Training data 20.0 [10.0, 30.0] %" in text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "says"), [(UP, "is higher than with"), (DOWN, "is lower than with"), (NOTHING, "cannot be told apart")]
+)
+def test_the_control_decides_about_the_environments(numbers, says):
+    tables = made_up({(share_metric("mass", "G1"), "causal_dpo", "shuffled"): numbers})
+    assert says in takeaways.shares_takeaway(tables, "made-up", "ood_test").split("\n")[0]
+
+
+def test_takeaways_say_what_was_not_compared():
+    tables = made_up(pairs=PAIRS[:1])
+    for text in (
+        takeaways.shares_takeaway(tables, "made-up", "ood_test"),
+        takeaways.groups_takeaway(tables, "made-up", "ood_test"),
+        takeaways.results_takeaway(tables, "made-up", "ood_test"),
+    ):
+        assert "CausalDPO was not compared with DPO." in text
+        assert "Without the shuffled control nothing can be said" in text
+
+
+@pytest.mark.parametrize(
+    ("last", "says"),
+    [
+        ((0.1, 0.05, 0.2, 30), "is lower than on G1"),
+        ((0.9, 0.8, 1.0, 30), "is higher than on G1"),
+        ((0.5, 0.3, 0.7, 30), "does not differ clearly from that on G1"),
+        ((np.nan, np.nan, np.nan, 0), "has no test examples"),
+    ],
+)
+def test_groups_takeaway_compares_the_ends(last, says):
+    tables = made_up()
+    rows = tables["groups"]["group"] == "G5"
+    tables["groups"].loc[rows, ["mean", "low", "high", "examples"]] = last
+    assert says in takeaways.groups_takeaway(tables, "made-up", "ood_test")
+
+
+def test_results_takeaway_opens_with_the_primary_endpoint_and_ends_with_the_floor():
+    text = takeaways.results_takeaway(made_up(default=DOWN), "made-up", "ood_test")
+    assert "lowered the target's log-probability against SFT" in text.split("\n")[0]
+    assert text.endswith(
+        "Clearly above the most-popular floor in HR@10 (5.00 [4.00, 6.00] %): SFT, DPO, CausalDPO, "
+        f"{takeaways.look('shuffled').label}."
+    )
+
+
+def test_no_method_above_the_floor_is_said_so():
+    tables = made_up()
+    tables["metrics"].loc[tables["metrics"]["method"] == "popular", ["mean", "low", "high"]] = 0.9
+    assert takeaways.results_takeaway(tables, "made-up", "ood_test").endswith("(90.00 %): no method.")
+
+
+def test_diagnostics_takeaway_lists_seeds_and_admits_gaps():
+    text = takeaways.diagnostics_takeaway(made_up(), "made-up")
+    assert "K = 4, 4" in text and "noise points 0.10, 0.20" in text and "true environment 0.50, 0.50" in text
+    assert "membership entropy not recorded" in text
+    assert "no pseudo-environments" in takeaways.diagnostics_takeaway(made_up(), "made-up", "dpo")
+
+
+def test_caption_names_examples_seeds_and_intervals():
+    assert takeaways.caption(made_up(), "made-up") == (
+        "*made-up: OOD test 50 examples; means over 3 training seeds; whiskers: 95 % percentile bootstrap intervals "
+        "over seeds and users.*"
+    )
+
+
+@pytest.mark.parametrize(
+    ("numbers", "positive", "negative"),
+    [
+        (UP, "reproduced", "contradicted"),
+        (DOWN, "contradicted", "reproduced"),
+        (NOTHING, "not detected", "not detected"),
+    ],
+)
+def test_claims_are_judged_by_their_direction(numbers, positive, negative):
+    found = takeaways.claim_table(made_up(default=numbers))
+    sign = {claim.text: claim.sign for claim in takeaways.CLAIMS}
+    for row in found.itertuples():
+        assert row.result == (positive if sign[row.claim] > 0 else negative)
+    assert set(found["split"]) == {"OOD test"}  # the made-up study has no other
+    assert len(found) == len(takeaways.CLAIMS) - 1  # nor a causal metric
+
+
+def test_unreproduced_lists_everything_that_is_not_reproduced():
+    tables = made_up({(share_metric("mass", "G1"), "dpo", "sft"): UP})
+    text = takeaways.unreproduced(tables)
+    count = len(takeaways.CLAIMS) - 1
+    assert text.startswith(f"**Takeaway.** 1 of {count} tested statements are reproduced.")
+    assert text.count("\n- ") == count - 1 and "**not detected** on made-up, OOD test" in text
+
+
+def test_claims_concern_metrics_that_the_tables_have():
+    from causaldpo_lib.evaluation import BASELINES
+
+    for claim in takeaways.CLAIMS:
+        assert claim.sign in (1, -1) and claim.baseline in BASELINES
+
+
+def test_paired_table_has_a_verdict_per_comparison():
+    table = takeaways.paired_table(made_up(default=UP), "made-up", "ood_test", "HR@10")
+    assert table["verdict"].tolist() == ["raised"] * 4
+    assert table["difference (points)"].iloc[0] == "10.00 [5.00, 15.00]"
