@@ -1,0 +1,45 @@
+"""The README's generated parts: what a published study found, between markers named after the study.
+
+A part ``claims`` of study ``ml-100k`` stands between ``<!-- ml-100k claims -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from causaldpo_lib import tables, takeaways
+from causaldpo_lib.errors import StudyError
+
+PART = re.compile(r"(<!-- (?P<study>[\w.-]+) (?P<part>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _claims(folder: Path) -> str:
+    return tables.markdown(takeaways.claim_table(tables.read(folder)))
+
+
+def _results(folder: Path) -> str:
+    return "\n\n".join(tables.markdown_table(folder, setting) for setting in tables.settings(tables.read(folder)))
+
+
+PARTS = {"claims": _claims, "results": _results}
+
+
+def filled(text: str, figures: Path) -> str:
+    """``text`` with every marked part made anew from the tables in ``figures/<study>``.
+
+    A study without tables leaves its parts as they are.
+
+    Raises:
+        StudyError: a marker names an unknown part.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        folder, part = figures / match["study"], match["part"]
+        if part not in PARTS:
+            raise StudyError(f"the README's marker {match[1].strip()!r} names no part: choose from {', '.join(PARTS)}")
+        if not (folder / "metrics.csv").exists():
+            return match[0]
+        return f"{match[1]}{PARTS[part](folder)}\n{match[4]}"
+
+    return PART.sub(fill, text)

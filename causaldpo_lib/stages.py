@@ -1,0 +1,357 @@
+"""The stages of the study: each reads run folders, fills one, and is what its notebook executes.
+
+A notebook calls ``execute(stage, globals())``; everything else here is the function behind a stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import adjusted_mutual_info_score
+from transformers import TrainingArguments
+
+from causaldpo_lib import backbone, environments, packing, pairs, pipeline, prompts, ranking, splits, trainers
+from causaldpo_lib.data import load_dataset
+from causaldpo_lib.errors import StudyError
+
+TESTED = ("iid_test", "ood_test")
+
+
+def execute(stage: str, namespace: Mapping[str, Any]) -> pipeline.Run:
+    """Run a stage with the parameters found in ``namespace`` (a notebook's globals), unless its run is complete.
+
+    An input left empty is filled by the upstream stage with its declared defaults, the smoke setting, so that every
+    notebook runs alone. The run folder's name is a digest of the parameters; equal parameters find the finished run.
+
+    Raises:
+        StudyError: bad parameters or inputs, or a ``run`` folder that belongs to another configuration.
+    """
+    known = pipeline.declared(stage)
+    parameters = pipeline.resolve(stage, {name: namespace[name] for name in known})
+    for name, upstream in pipeline.STAGES[stage].inputs.items():
+        if not parameters[name]:
+            given = {key: parameters[key] for key in pipeline.STAGES[upstream[-1]].inputs if parameters.get(key)}
+            run = execute(upstream[-1], {**pipeline.declared(upstream[-1]), **given})
+            parameters[name] = str(run.folder)
+    run = pipeline.open_run(stage, parameters)
+    if not run.complete:
+        arguments = {name: value for name, value in parameters.items() if name != "run"}
+        scalars = STAGE_FUNCTIONS[stage](run.folder, **arguments)
+        run.finish(device=_device_name(), **scalars)
+    return run
+
+
+def prepare_data(
+    folder: Path,
+    dataset: str,
+    dataset_options: dict[str, Any],
+    shift: str,
+    shift_options: dict[str, Any],
+    split_seed: int,
+    max_history: int,
+    test_examples: int,
+) -> dict[str, Any]:
+    """Load a dataset, split it under a shift, and write split, catalogue and examples.
+
+    Held-out examples are sampled once (``test_examples`` a split, 0 for all), so that all methods and seeds share them.
+    """
+    interactions = load_dataset(dataset, **dataset_options)
+    split = splits.make_split(shift, interactions, split_seed, **shift_options)
+    examples = splits.histories(split, max_history)
+    dropped = examples.attrs["dropped"]
+    rng = np.random.default_rng(split_seed)
+    kept = []
+    for name, part in examples.groupby("split", sort=True):
+        if name != "train" and 0 < test_examples < len(part):
+            part = part.iloc[np.sort(rng.choice(len(part), test_examples, replace=False))]
+        kept.append(part)
+    examples = pd.concat(kept, ignore_index=True)
+    catalogue = interactions.items[interactions.items["item"].isin(split["item"])]
+    counts = split.loc[split["split"] == "train", "item"].value_counts().reindex(catalogue["item"], fill_value=0)
+    catalogue = catalogue.merge(splits.popularity_groups(counts), on="item")
+    split.to_parquet(folder / "split.parquet")
+    catalogue.to_parquet(folder / "items.parquet")
+    examples.to_parquet(folder / "examples.parquet")
+    if interactions.truth is not None:
+        truth = interactions.truth.interventional().stack().rename("preference").reset_index()
+        truth[truth["item"].isin(catalogue["item"])].to_parquet(folder / "truth.parquet")
+    sizes = split["split"].value_counts()
+    return {
+        "users": split["user"].nunique(),
+        "items": len(catalogue),
+        "dropped_without_history": dropped,
+        **{f"interactions_{name}": int(size) for name, size in sizes.items()},
+        **{f"examples_{name}": int(size) for name, size in examples["split"].value_counts().items()},
+    }
+
+
+def fine_tune(
+    folder: Path,
+    data: str,
+    backbone: str,
+    seed: int,
+    pretrain_epochs: int,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    lora_rank: int,
+) -> dict[str, Any]:
+    """Supervised fine-tuning (completion loss) of a backbone on the training examples.
+
+    ``tiny`` is initialised from ``seed`` and first pretrained on the catalogue's titles alone.
+    """
+    items, examples = _tables(data)
+    model, tokenizer = _backbone(backbone, items["title"], seed, lora_rank)
+    shared = {"seed": seed, "learning_rate": learning_rate, "batch_size": batch_size, "folder": folder}
+    if backbone == _TINY and pretrain_epochs:
+        titles = [{"prompt": prompts.prompt_text([]), "chosen": prompts.response_text(t)} for t in items["title"]]
+        arguments = _arguments(TrainingArguments, rows=len(titles), epochs=pretrain_epochs, **shared)
+        trainers.SupervisedTrainer(model, arguments, titles, tokenizer, label="pretraining on titles").train()
+    titles = items.set_index("item")["title"]
+    rows = prompts.prompt_table(examples[examples["split"] == "train"], titles).to_dict("records")
+    arguments = _arguments(TrainingArguments, rows=len(rows), epochs=epochs, **shared)
+    trainer = trainers.SupervisedTrainer(model, arguments, rows, tokenizer, label="fine-tuning")
+    outcome = trainer.train()
+    pd.DataFrame(trainer.table()).to_csv(folder / "log.csv", index=False)
+    validation = prompts.prompt_table(examples[examples["split"] == "validation"], titles)
+    scores = packing.score_dataset(
+        model,
+        prompts.encode_prompts(tokenizer, validation["prompt"].tolist()),
+        [[ids] for ids in prompts.encode_responses(tokenizer, validation["chosen"].tolist())],
+        tokenizer.pad_token_id,
+        2 * batch_size,
+    )
+    _save(trainer.model, tokenizer, items, folder)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_loss": outcome.training_loss,
+        "validation_logp": float(scores.sum_logps.mean()),
+        "train_seconds": outcome.metrics["train_runtime"],
+    }
+
+
+def align(
+    folder: Path,
+    data: str,
+    sft: str,
+    method: str,
+    seed: int,
+    loss: str,
+    loss_options: dict[str, Any],
+    negatives: str,
+    negatives_per_prompt: int,
+    memberships: str,
+    mmd_weight: float,
+    train_examples: int,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    lora_rank: int,
+) -> dict[str, Any]:
+    """Preference alignment of a fine-tuned checkpoint, which is also the frozen reference.
+
+    ``train_examples`` (0 for all) and their negatives depend on ``seed`` only: methods that share a seed share pairs.
+    """
+    items, examples = _tables(data)
+    sample = examples[examples["split"] == "train"]
+    if 0 < train_examples < len(sample):
+        rng = np.random.default_rng(seed)
+        sample = sample.iloc[np.sort(rng.choice(len(sample), train_examples, replace=False))]
+    titles = items.set_index("item")["title"]
+    rejected = pairs.preference_pairs(sample, items["item"].to_numpy(), negatives, negatives_per_prompt, seed)
+    rows = prompts.prompt_table(sample, titles)
+    rows["rejected"] = [[prompts.response_text(titles[item]) for item in row] for row in rejected]
+    model, tokenizer = _backbone(pipeline.load_run(sft, "sft").folder / "checkpoint", [], seed, lora_rank)
+    arguments = _arguments(
+        trainers.CausalDPOConfig,
+        rows=len(rows),
+        folder=folder,
+        seed=seed,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        loss=loss,
+        loss_options=loss_options,
+        mmd_weight=mmd_weight,
+        memberships=memberships,
+        environment_seed=seed,
+    )
+    trainer = trainers.CausalDPOTrainer(
+        model, args=arguments, train_dataset=rows.to_dict("records"), processing_class=tokenizer, label=method
+    )
+    outcome = trainer.train()
+    log = pd.DataFrame(trainer.table())
+    log.to_csv(folder / "log.csv", index=False)
+    found = pd.DataFrame(trainer.memberships.numpy()).add_prefix("environment_")
+    found.assign(example=sample["example"].to_numpy()).to_parquet(folder / "memberships.parquet")
+    _save(trainer.model, tokenizer, items, folder)
+    return {
+        **trainer.diagnostics,
+        **_agreement(trainer.memberships.argmax(1).numpy(), sample, items),
+        **{f"{name}_first": log[name].iloc[0] for name in ("mmd2_debiased", "margin", "chosen_logp")},
+        **{f"{name}_last": log[name].iloc[-1] for name in ("mmd2_debiased", "margin", "chosen_logp", "accuracy")},
+        "pairs": len(rows),
+        "train_seconds": outcome.metrics["train_runtime"],
+    }
+
+
+def rank(folder: Path, data: str, checkpoint: str, beam_width: int, batch_size: int) -> dict[str, Any]:
+    """Rank the catalogue for the test examples of both test splits and write the lists."""
+    items, examples = _tables(data)
+    examples = examples[examples["split"].isin(TESTED)].reset_index(drop=True)
+    source = pipeline.load_run(checkpoint, ("sft", "align")).folder
+    model, tokenizer = backbone.load_checkpoint(source / "checkpoint")
+    catalogue = ranking.Catalogue.build(items, tokenizer)
+    rows = prompts.prompt_table(examples, items.set_index("item")["title"])
+    found = ranking.rank_beam(
+        model, tokenizer, catalogue, rows["prompt"].tolist(), examples["item"].tolist(), beam_width, batch_size
+    )
+    predictions = examples[["example", "split", "user", "item"]].rename(columns={"item": "target"})
+    predictions = predictions.assign(
+        rank=found.rank, target_logp=found.target_logp, items=found.items.tolist(), scores=found.scores.tolist()
+    )
+    predictions.to_parquet(folder / "predictions.parquet")
+    by_split = predictions.groupby("split")
+    return {
+        "catalogue": len(items),
+        **{f"examples_{name}": len(part) for name, part in by_split},
+        **{f"hr10_{name}": float((part["rank"] < 10).mean()) for name, part in by_split},
+        **{f"target_logp_{name}": float(part["target_logp"].mean()) for name, part in by_split},
+    }
+
+
+def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int) -> dict[str, Any]:
+    """Infer pseudo-environments from a fine-tuned model's states of up to 8,000 training prompts; map some by UMAP."""
+    # UMAP compiles itself on import (half a minute): only this stage pays.
+    from umap import UMAP
+
+    items, examples = _tables(data)
+    rng = np.random.default_rng(seed)
+    sample = examples[examples["split"] == "train"]
+    sample = sample.iloc[np.sort(rng.permutation(len(sample))[:8000])]
+    model, tokenizer = backbone.load_checkpoint(pipeline.load_run(sft, "sft").folder / "checkpoint")
+    encoded = prompts.encode_prompts(
+        tokenizer, prompts.prompt_table(sample, items.set_index("item")["title"])["prompt"].tolist()
+    )
+    scores = packing.score_dataset(
+        model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
+    )
+    inference = environments.EnvironmentInference(seed=seed).fit(scores.prompt_states)
+    memberships = inference.memberships(scores.prompt_states)
+    labels = memberships.argmax(1).numpy()
+    shown = np.sort(rng.permutation(len(sample))[:points])
+    features = inference.features(scores.prompt_states).numpy()[shown]
+    coordinates = UMAP(n_neighbors=min(15, len(shown) - 1), random_state=seed, n_jobs=1).fit_transform(features)
+    table = pd.DataFrame(
+        {
+            "umap_x": coordinates[:, 0],
+            "umap_y": coordinates[:, 1],
+            "environment": labels[shown],
+            "membership": memberships.max(1).values.numpy()[shown],
+            "group": history_groups(sample, items)[shown],
+        }
+    )
+    if "environment" in sample:
+        table["true_environment"] = sample["environment"].to_numpy()[shown]
+    table.to_csv(folder / "points.csv", index=False, float_format="%.4f")
+    return {**inference.diagnostics(memberships), **_agreement(labels, sample, items), "prompts": len(sample)}
+
+
+STAGE_FUNCTIONS = {
+    "data": prepare_data,
+    "sft": fine_tune,
+    "align": align,
+    "rank": rank,
+    "environments": infer_environments,
+}
+_TINY = backbone.TINY
+
+
+def history_groups(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """The popularity group (equal training mass) of each history's median item by popularity, (N,)."""
+    group = dict(zip(items["item"], items["group_mass"], strict=True))
+    return np.array([sorted(group[item] for item in history)[len(history) // 2] for history in examples["history"]])
+
+
+def history_genres(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """The most frequent first-listed genre of each history, the alphabetically first of equals, (N,)."""
+    genre = dict(zip(items["item"], items["genres"].str.partition("|")[0], strict=True))
+    named = [sorted(genre[item] for item in history) for history in examples["history"]]
+    return np.array([max(names, key=names.count) for names in named])
+
+
+def _agreement(labels: np.ndarray, examples: pd.DataFrame, items: pd.DataFrame) -> dict[str, float]:
+    """Adjusted mutual information (1: same partition, 0: chance) of hard environments with what they may stand for."""
+    found = {"ami_history_group": float(adjusted_mutual_info_score(history_groups(examples, items), labels))}
+    if "genres" in items:
+        found["ami_history_genre"] = float(adjusted_mutual_info_score(history_genres(examples, items), labels))
+    if "environment" in examples:
+        found["ami_true_environment"] = float(adjusted_mutual_info_score(examples["environment"], labels))
+    return found
+
+
+def _tables(data: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    folder = pipeline.load_run(data, "data").folder
+    return pd.read_parquet(folder / "items.parquet"), pd.read_parquet(folder / "examples.parquet")
+
+
+def _backbone(source: str | Path, titles: pd.Series | list[str], seed: int, lora_rank: int) -> tuple[Any, Any]:
+    if source == _TINY:
+        if lora_rank:
+            raise StudyError("lora_rank adapts pretrained weights, and the backbone 'tiny' has none: set lora_rank: 0")
+        model, tokenizer = backbone.tiny_backbone(titles, seed)
+    else:
+        model, tokenizer = backbone.load_checkpoint(source)
+    torch.manual_seed(seed)
+    return backbone.with_lora(model, lora_rank), tokenizer
+
+
+def _arguments(
+    kind: type[TrainingArguments],
+    *,
+    folder: Path,
+    rows: int,
+    seed: int,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    **options: Any,
+) -> TrainingArguments:
+    """Training arguments shared by all trainings: cosine schedule, 5 % warm-up, batches of similar prompt length."""
+    steps = max(1, round(epochs * rows / batch_size))
+    accelerated = torch.cuda.is_available()
+    return kind(
+        output_dir=str(folder / "trainer"),
+        seed=seed,
+        num_train_epochs=epochs,
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 20),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        bf16=accelerated,
+        use_cpu=not accelerated,
+        dataloader_pin_memory=accelerated,
+        train_sampling_strategy="group_by_length",
+        **options,
+    )
+
+
+def _save(model: torch.nn.Module, tokenizer: Any, items: pd.DataFrame, folder: Path) -> None:
+    backbone.save_checkpoint(model, tokenizer, folder / "checkpoint")
+    items[["item", "title"]].to_csv(folder / "checkpoint" / ranking.CATALOGUE_FILE, index=False)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,287 @@
+"""Studies: settings x methods x seeds, read from YAML and laid out as jobs.
+
+    python -m causaldpo_lib.study NAME [--cores N] [--threads N] [--dry-run] [--publish]
+
+A study file says what differs from the notebooks' defaults; a method file says how one method aligns. A value
+is taken from the first of: setting, method, study, notebook. Every key is checked before anything starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from causaldpo_lib import workflow
+from causaldpo_lib.errors import StudyError, pick
+from causaldpo_lib.parameters import check, read_yaml, unknown_key
+from causaldpo_lib.paths import PARAMS, RESULTS
+from causaldpo_lib.pipeline import STAGES, declared, folder_name
+from causaldpo_lib.records import shown
+
+# What the layout of a study decides, and no override may.
+LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "run")
+STUDY_KEYS = ("settings", "methods", "seeds", "split_seed", *STAGES)
+SETTING_KEYS = ("dataset", "shift", *STAGES)
+METHOD_KEYS = ("label", "summary", "parameters")
+
+Overrides = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a table; ``parameters`` override those of ``align``, None: the SFT checkpoint itself."""
+
+    name: str
+    label: str
+    summary: str
+    parameters: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A dataset under a shift, with its own overrides by stage."""
+
+    dataset: str
+    shift: str
+    overrides: Overrides
+
+    @property
+    def name(self) -> str:
+        """The name of the setting in tables and folders."""
+        return f"{self.dataset}-{self.shift}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file says, checked. One split seed: only training seeds vary, so tests are paired."""
+
+    name: str
+    path: Path
+    settings: tuple[Setting, ...]
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    split_seed: int
+    overrides: Overrides
+
+    @property
+    def folder(self) -> Path:
+        """Where its tables and figures go."""
+        return RESULTS / self.name
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one stage. ``inputs`` maps a parameter to an upstream run folder; ``folder`` is its own."""
+
+    stage: str
+    setting: str
+    seed: int | None
+    method: str | None
+    parameters: Mapping[str, Any]
+    inputs: Mapping[str, Path]
+    folder: Path
+
+    @property
+    def notebook(self) -> str:
+        """The name of the stage's notebook."""
+        return STAGES[self.stage].notebook
+
+    @property
+    def label(self) -> str:
+        """What people see of the job while a study runs."""
+        parts = [self.stage, self.method or "", "" if self.seed is None else f"seed {self.seed}"]
+        return f"{' '.join(part for part in parts if part)} ({self.setting})"
+
+
+def load_study(name: str | Path) -> Study:
+    """A study by name (``params/studies/<name>.yaml``) or by the path of its YAML file.
+
+    Raises:
+        StudyError: no such study; an unknown or misplaced key, a value of the wrong kind, an unknown dataset,
+            shift or method, or one thing listed twice; the sentence names the file and the key.
+    """
+    path = _study_file(name)
+    source = shown(path.resolve())
+    content = read_yaml(path)
+    _known(source, content, STUDY_KEYS)
+    overrides = _overrides(source, content)
+    settings = tuple(
+        _setting(f"{source}, setting {number}", entry, overrides.get("data", {}))
+        for number, entry in enumerate(_list(source, content, "settings", dict), 1)
+    )
+    seeds = tuple(_list(source, content, "seeds", int))
+    methods = tuple(load_method(method) for method in _list(source, content, "methods", str))
+    named = {"setting": [s.name for s in settings], "method": [m.name for m in methods], "seed": seeds}
+    for kind, names in named.items():
+        repeated = [name for name in names if names.count(name) > 1]
+        if repeated:
+            raise StudyError(f"{source}: {kind} {repeated[0]} is listed twice: list it once")
+    split_seed = check({"split_seed": 0}, {"split_seed": content.get("split_seed", 0)}, source)["split_seed"]
+    return Study(path.stem, path, settings, methods, seeds, split_seed, overrides)
+
+
+def load_method(name: str) -> Method:
+    """A method by the name of its file in ``params/methods``.
+
+    Raises:
+        StudyError: no such method, or a file with unknown keys or values of the wrong kind.
+    """
+    files = {path.stem: path for path in sorted((PARAMS / "methods").glob("*.yaml"))}
+    path = pick(files, name, "method")
+    source, content = shown(path), read_yaml(path)
+    _known(source, content, METHOD_KEYS)
+    missing = [key for key in METHOD_KEYS if key not in content]
+    if missing:
+        raise StudyError(f"{source}: key {missing[0]!r} is missing: a method has {', '.join(METHOD_KEYS)}")
+    text = check({"label": "", "summary": ""}, {key: content[key] for key in ("label", "summary")}, source)
+    parameters = content["parameters"]
+    if parameters is not None:
+        parameters = _stage_overrides(f"{source}, parameters", "align", parameters)
+    return Method(name, text["label"], text["summary"], parameters)
+
+
+def jobs(study: Study) -> list[Job]:
+    """All runs of a study, upstream first: per setting one data run, and per seed sft, align and rank runs.
+
+    The pseudo-environments are mapped once per setting, for the first seed. A run that two studies have in
+    common is one folder.
+    """
+    found = []
+    for setting in study.settings:
+        data = _job(study, "data", setting)
+        found.append(data)
+        for seed in study.seeds:
+            sft = _job(study, "sft", setting, seed, inputs={"data": data})
+            found.append(sft)
+            if seed == study.seeds[0]:
+                found.append(_job(study, "environments", setting, seed, inputs={"data": data, "sft": sft}))
+            for method in study.methods:
+                checkpoint = sft
+                if method.parameters is not None:
+                    checkpoint = _job(study, "align", setting, seed, method, {"data": data, "sft": sft})
+                    found.append(checkpoint)
+                ends = {"data": data, "checkpoint": checkpoint}
+                found.append(_job(study, "rank", setting, seed, method, ends))
+    return found
+
+
+def _job(
+    study: Study,
+    stage: str,
+    setting: Setting,
+    seed: int | None = None,
+    method: Method | None = None,
+    inputs: Mapping[str, Job] | None = None,
+) -> Job:
+    """The job of a stage: its parameters from all layers, and its folder from these."""
+    upstream = {key: job.folder for key, job in (inputs or {}).items()}
+    name = method.name if method else None
+    laid_out = {"dataset": setting.dataset, "shift": setting.shift, "split_seed": study.split_seed}
+    laid_out |= {"seed": seed, "method": name, **{key: shown(folder) for key, folder in upstream.items()}}
+    defaults = {key: value for key, value in declared(stage).items() if key != "run"}
+    parameters = {
+        **defaults,
+        **study.overrides.get(stage, {}),
+        **((method.parameters or {}) if method and stage == "align" else {}),
+        **setting.overrides.get(stage, {}),
+        **{key: value for key, value in laid_out.items() if key in defaults},
+    }
+    return Job(stage, setting.name, seed, name, parameters, upstream, folder_name(stage, parameters))
+
+
+# --- reading a study's file ---
+
+
+def _study_file(name: str | Path) -> Path:
+    if Path(name).suffix == ".yaml" or os.sep in str(name):
+        return Path(name)
+    return pick({path.stem: path for path in sorted((PARAMS / "studies").glob("*.yaml"))}, str(name), "study")
+
+
+def _setting(source: str, content: Mapping[str, Any], shared: Mapping[str, Any]) -> Setting:
+    # Torch-free, but pandas: only who reads a study pays for it.
+    from causaldpo_lib.data import DATASETS
+    from causaldpo_lib.data.options import check_options, options_of
+    from causaldpo_lib.splits import SPLITS
+
+    _known(source, content, SETTING_KEYS)
+    for key, table in (("dataset", DATASETS), ("shift", SPLITS)):
+        if key not in content:
+            raise StudyError(f"{source}: key {key!r} is missing: a setting has a dataset and a shift")
+        if content[key] not in table:
+            raise unknown_key(source, key, content[key], table)
+    dataset, shift, overrides = content["dataset"], content["shift"], _overrides(source, content)
+    options = {**declared("data"), **shared, **overrides.get("data", {})}
+    try:
+        check_options(options["dataset_options"], options_of(DATASETS[dataset]), f"dataset {dataset!r}")
+        check_options(options["shift_options"], options_of(SPLITS[shift].rule), f"shift {shift!r}")
+    except StudyError as error:
+        raise StudyError(f"{source}: {error}") from None
+    return Setting(dataset, shift, overrides)
+
+
+def _overrides(source: str, content: Mapping[str, Any]) -> Overrides:
+    given = [stage for stage in STAGES if stage in content]
+    return {stage: _stage_overrides(f"{source}, {stage}", stage, content[stage]) for stage in given}
+
+
+def _stage_overrides(source: str, stage: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise StudyError(f"{source} must hold lines `key: value`, not {content!r}")
+    for key in content:
+        if key in LAID_OUT:
+            raise StudyError(f"{source}: {key} comes from the study's settings, methods and seeds: remove it")
+    free = {key: value for key, value in declared(stage).items() if key not in LAID_OUT}
+    return check(free, content, source)
+
+
+def _known(source: str, content: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in content:
+        if key not in keys:
+            raise unknown_key(source, "key", key, keys)
+
+
+def _list(source: str, content: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = content.get(key)
+    if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
+        raise StudyError(f"{source}: {key} is {values!r}: give a list of one or more {kind.__name__} values")
+    return values
+
+
+# --- command line ---
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a study, or what is missing of it; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.study", description=main.__doc__)
+    parser.add_argument("name", help="a file of params/studies (without .yaml), or a path")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--cores", type=int, default=cores, help="cores to use in all (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="list what would run, and why")
+    parser.add_argument("--publish", action="store_true", help="copy to figures/, re-execute all notebooks")
+    options = parser.parse_args(arguments)
+    try:
+        study = load_study(options.name)
+        if options.dry_run:
+            workflow.show_plan(study)
+        elif options.publish:
+            workflow.publish(study)
+        else:
+            workflow.run(study, options.cores, options.threads)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted: the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
