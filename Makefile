@@ -64,5 +64,5 @@ lab: $(STAMP) ## JupyterLab in notebooks/
 bench: $(STAMP) ## the benchmarks: a table here, json in results/bench/
 	$(RUN) -m benchmarks.run
 
-publish: $(STAMP) ## copy a finished study's tables and figures to figures/, re-run the reading notebooks (STUDY=ml-100k)
+publish: $(STAMP) ## copy a finished study's tables and figures to figures/, renew README and notebooks (STUDY=ml-100k)
 	$(RUN) -m causaldpo_lib.study $(STUDY) --publish

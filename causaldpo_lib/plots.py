@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from causaldpo_lib.parameters import read_yaml
 from causaldpo_lib.paths import PARAMS
@@ -365,17 +366,21 @@ def split_histograms(ax: Axes, histogram: pd.DataFrame, label: str, dates: bool 
     Columns: split, left, right, share (fraction) as ``tables.histogram`` counts them. ``dates``: edges
     are seconds since 1970; ``log``: a logarithmic horizontal axis.
     """
-    for split, rows in histogram.groupby("split", sort=False):
+    for split in sorted(histogram["split"].unique(), key=list(SPLIT_COLOURS).index):
+        rows = histogram[histogram["split"] == split]
         edges = np.append(rows["left"].to_numpy(float), rows["right"].to_numpy(float)[-1])
         at = edges / 86400 if dates else edges  # matplotlib's dates count days since 1970
         name = SPLITS.get(split, "training" if split == "train" else split)
         ax.stairs(100 * rows["share"], at, color=SPLIT_COLOURS.get(split, "#222222"), lw=1.4, label=name)
     if dates:
-        locator = AutoDateLocator()
+        locator = AutoDateLocator(minticks=3, maxticks=6)
         ax.xaxis.set_major_locator(locator)
         ax.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     if log:
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(label)
     _label_y(ax, "share of the split (%)")
     return ax

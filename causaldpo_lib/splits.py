@@ -218,9 +218,7 @@ def cut_inner(
         StudyError: ``inner`` is not three positive numbers.
     """
     if len(inner) != 3 or not all(isinstance(part, int | float) and part > 0 for part in inner):
-        raise StudyError(
-            f"option 'inner' must be three positive numbers (train, validation, iid_test), not {inner}"
-        )
+        raise StudyError(f"option 'inner' must be three positive numbers (train, validation, iid_test), not {inner}")
     rest = rng.permutation(np.flatnonzero(~ood))
     edges = np.rint(np.cumsum(inner) / np.sum(inner) * len(rest)).astype(int)
     names = np.empty(len(positives), dtype=object)
@@ -287,9 +285,7 @@ def histories(split: pd.DataFrame, max_history: int = 10, running_on: bool | Non
     dropped = split["split"][empty].value_counts()
     examples = examples[~empty].reset_index(drop=True)
     if examples.empty:
-        raise StudyError(
-            "no interaction has an earlier training interaction of its user: no prompt can be made"
-        )
+        raise StudyError("no interaction has an earlier training interaction of its user: no prompt can be made")
     examples.insert(0, "example", np.arange(len(examples)))
     examples = examples[["example", "split", "user", "item", "history", *columns[3:]]]
     examples.attrs["dropped"] = {name: int(dropped.get(name, 0)) for name in SPLIT_NAMES}

@@ -5,6 +5,7 @@ A notebook calls ``execute(stage, globals())``; everything else here is the func
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def prepare_data(
         truth = interactions.truth.interventional().stack().rename("preference").reset_index()
         truth[truth["item"].isin(catalogue["item"])].to_parquet(folder / "truth.parquet")
     sizes = split["split"].value_counts()
+    rows = pd.util.hash_pandas_object(interactions.table, index=False).to_numpy()
     return {
+        "interactions_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
         "users": split["user"].nunique(),
         "items": len(catalogue),
         "dropped_without_history": dropped,
@@ -108,6 +111,7 @@ def fine_tune(
     items, examples = _tables(data)
     model, tokenizer = _backbone(backbone, items["title"], seed, lora_rank)
     shared = {"seed": seed, "learning_rate": learning_rate, "batch_size": batch_size, "folder": folder}
+    shared["train_sampling_strategy"] = "group_by_length"  # little padding
     if backbone == _TINY and pretrain_epochs:
         titles = [{"prompt": prompts.prompt_text([]), "chosen": prompts.response_text(t)} for t in items["title"]]
         arguments = _arguments(TrainingArguments, rows=len(titles), epochs=pretrain_epochs, **shared)
@@ -167,6 +171,8 @@ def align(
     rows = prompts.prompt_table(sample, titles)
     rows["rejected"] = [[prompts.response_text(titles[item]) for item in row] for row in rejected]
     model, tokenizer = _backbone(pipeline.load_run(sft, "sft").folder / "checkpoint", [], seed, lora_rank)
+    # Batches are drawn at random, not by length: histories of one length share environments, and in a batch with a
+    # single example of an environment the MMD measures that example.
     arguments = _arguments(
         trainers.CausalDPOConfig,
         rows=len(rows),
@@ -322,7 +328,7 @@ def _arguments(
     batch_size: int,
     **options: Any,
 ) -> TrainingArguments:
-    """Training arguments shared by all trainings: cosine schedule, 5 % warm-up, batches of similar prompt length."""
+    """Training arguments shared by all trainings: cosine schedule with 5 % warm-up."""
     steps = max(1, round(epochs * rows / batch_size))
     accelerated = torch.cuda.is_available()
     return kind(
@@ -343,7 +349,6 @@ def _arguments(
         bf16=accelerated,
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated,
-        train_sampling_strategy="group_by_length",
         **options,
     )
 

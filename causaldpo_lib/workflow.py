@@ -97,11 +97,13 @@ def show_plan(study: Study) -> None:
 
 
 def publish(study: Study) -> None:
-    """Copy a finished study's tables and figures to ``figures/<study>/``; re-execute all notebooks in place.
+    """Copy a finished study's tables and figures to ``figures/<study>/``; renew the README and all notebooks in place.
 
     Raises:
         StudyError: the study is not finished or out of date, or a notebook fails.
     """
+    from causaldpo_lib import readme  # draws on the plotting stack, which planning a study does not need
+
     left = plan(study)
     if left:
         again = f"`make study STUDY={study.name}` first"
@@ -113,6 +115,8 @@ def publish(study: Study) -> None:
     for path in sorted([*study.folder.glob("*.csv"), *study.folder.glob("*.png")]):
         shutil.copyfile(path, target / path.name)
     print(f"copied tables and figures to {shown(target)}")
+    page = ROOT / "README.md"
+    page.write_text(readme.filled(page.read_text(encoding="utf-8"), FIGURES), encoding="utf-8")
     for stage in STAGES:  # so that the saved outputs show the runs, not that they were there already
         shutil.rmtree(smoke_folder(stage), ignore_errors=True)
     for notebook in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):

@@ -48,15 +48,11 @@ class Interactions:
             "an interaction has no time: give every row one, or leave the column out": (
                 "time" in self.table and self.table["time"].isna().any()
             ),
-            "a (user, item) pair is repeated: keep one row of each": self.table.duplicated(
-                ["user", "item"]
-            ).any(),
+            "a (user, item) pair is repeated: keep one row of each": self.table.duplicated(["user", "item"]).any(),
             "an item id is listed twice: keep one row of each": self.items["item"].duplicated().any(),
             "two items share a title: merge them": titles.duplicated().any(),
             "an item has an empty title: name it or leave it out": titles.str.strip().eq("").any(),
-            "an interaction names an item that is not listed": not self.table["item"]
-            .isin(self.items["item"])
-            .all(),
+            "an interaction names an item that is not listed": not self.table["item"].isin(self.items["item"]).all(),
         }
         for problem, present in problems.items():
             if present:
@@ -66,16 +62,12 @@ class Interactions:
         for column in columns:
             if column not in frame:
                 present = ", ".join(map(str, frame.columns))
-                raise StudyError(
-                    f"dataset {self.name!r}: the {kind} have no column {column!r}, only {present}"
-                )
+                raise StudyError(f"dataset {self.name!r}: the {kind} have no column {column!r}, only {present}")
             if frame[column].isna().any():
                 raise StudyError(f"dataset {self.name!r}: column {column!r} of the {kind} has missing values")
 
 
-def merge_shared_titles(
-    table: pd.DataFrame, items: pd.DataFrame
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+def merge_shared_titles(table: pd.DataFrame, items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
     """Make every title one item and every (user, item) one row, sorted by user, time, item.
 
     A model that answers with a title cannot tell two ids of one title apart, so they become the lowest id,

@@ -55,56 +55,43 @@ SPAN = 300 * 86_400  # seconds from the first to the last interaction
 LEXICONS: dict[str, tuple[str, str]] = {
     "Space": (
         "Rusted Silent Orbital Distant Lunar Stellar Drifting Frozen Solar Radiant Cosmic Hollow",
-        "Comet Colony Nebula Signal Rocket Station Planet Asteroid "
-        "Voyager Galaxy Satellite Eclipse Pulsar Horizon",
+        "Comet Colony Nebula Signal Rocket Station Planet Asteroid Voyager Galaxy Satellite Eclipse Pulsar Horizon",
     ),
     "Romance": (
         "Tender Secret Parisian Summer Borrowed Blushing Faithful Moonlit Second Velvet Reckless Sweet",
-        "Letter Wedding Kiss Promise Valentine Waltz Bouquet Heart "
-        "Proposal Embrace Sonnet Affair Bride Serenade",
+        "Letter Wedding Kiss Promise Valentine Waltz Bouquet Heart Proposal Embrace Sonnet Affair Bride Serenade",
     ),
     "Crime": (
         "Crooked Midnight Stolen Guilty Loaded Bribed Masked Wanted Perfect Corrupt Nameless Smoking",
-        "Witness Alibi Detective Heist Verdict Informant Gangster Ransom "
-        "Suspect Forger Motive Warden Vault Sting",
+        "Witness Alibi Detective Heist Verdict Informant Gangster Ransom Suspect Forger Motive Warden Vault Sting",
     ),
     "Horror": (
-        "Haunted Bleeding Whispering Cursed Buried Screaming Ghastly "
-        "Rotten Sleepless Possessed Gruesome Eerie",
-        "Cellar Coffin Scarecrow Asylum Graveyard Mirror Phantom Doll "
-        "Attic Vampire Scream Crypt Werewolf Shadow",
+        "Haunted Bleeding Whispering Cursed Buried Screaming Ghastly Rotten Sleepless Possessed Gruesome Eerie",
+        "Cellar Coffin Scarecrow Asylum Graveyard Mirror Phantom Doll Attic Vampire Scream Crypt Werewolf Shadow",
     ),
     "Western": (
         "Dusty Lonesome Outlaw Bitter Sunburnt Wild Silver Galloping Thirsty Rugged Branded Stubborn",
-        "Saloon Sheriff Canyon Stagecoach Rustler Prairie Ranch Gunslinger "
-        "Posse Mustang Spur Showdown Drifter Corral",
+        "Saloon Sheriff Canyon Stagecoach Rustler Prairie Ranch Gunslinger Posse Mustang Spur Showdown Drifter Corral",
     ),
     "Comedy": (
         "Clumsy Ridiculous Awkward Giggling Accidental Hopeless Nervous Unlikely Tipsy Grumpy Silly Confused",
-        "Butler Roommate Neighbor Plumber Uncle Holiday Landlord Tourist "
-        "Dentist Impostor Referee Mascot Waiter Cousin",
+        "Butler Roommate Neighbor Plumber Uncle Holiday Landlord Tourist Dentist Impostor Referee Mascot Waiter Cousin",
     ),
     "Fantasy": (
         "Enchanted Golden Elven Forgotten Emerald Winged Ancient Mystic Crystal Thorned Runic Immortal",
-        "Dragon Sorcerer Kingdom Amulet Prophecy Unicorn Goblin Tower "
-        "Oracle Sword Throne Grimoire Griffin Quest",
+        "Dragon Sorcerer Kingdom Amulet Prophecy Unicorn Goblin Tower Oracle Sword Throne Grimoire Griffin Quest",
     ),
     "Sport": (
-        "Final Unbeaten Underdog Sprinting Barefoot Fearless Rookie "
-        "Champion Muddy Veteran Undersized Tireless",
-        "Sprinter Goalkeeper Boxer Relay Marathon Tournament Pitcher Coach "
-        "Penalty Rower Overtime Stadium Jockey Medal",
+        "Final Unbeaten Underdog Sprinting Barefoot Fearless Rookie Champion Muddy Veteran Undersized Tireless",
+        "Sprinter Goalkeeper Boxer Relay Marathon Tournament Pitcher Coach Penalty Rower Overtime Stadium Jockey Medal",
     ),
     "War": (
-        "Broken Marching Besieged Occupied Retreating Wounded Burning "
-        "Loyal Captured Armored Abandoned Sunken",
-        "Regiment Trench Battalion Admiral Bunker Soldier Convoy Bridge "
-        "Armistice Bomber Submarine Medic Flag Garrison",
+        "Broken Marching Besieged Occupied Retreating Wounded Burning Loyal Captured Armored Abandoned Sunken",
+        "Regiment Trench Battalion Admiral Bunker Soldier Convoy Bridge Armistice Bomber Submarine Medic Flag Garrison",
     ),
     "Music": (
         "Electric Acoustic Harmonic Offbeat Syncopated Vinyl Humming Jazzy Unplugged Melodic Roaring Bluesy",
-        "Trumpet Drummer Ballad Orchestra Songbird Encore Guitar Chorus "
-        "Pianist Tango Fiddle Melody Rhapsody Jukebox",
+        "Trumpet Drummer Ballad Orchestra Songbird Encore Guitar Chorus Pianist Tango Fiddle Melody Rhapsody Jukebox",
     ),
 }
 SEQUELS = ("", " II", " III")
@@ -150,9 +137,7 @@ class SimulatedTruth:
         """
         frequency = self.environment_frequency[regime]
         mixture = sum(p * self.choice_probabilities(e, regime) for e, p in enumerate(frequency))
-        return pd.DataFrame(
-            mixture, index=pd.Index(self.users, name="user"), columns=pd.Index(self.items, name="item")
-        )
+        return pd.DataFrame(mixture, index=pd.Index(self.users, name="user"), columns=pd.Index(self.items, name="item"))
 
 
 def simulate(
@@ -217,9 +202,7 @@ def simulate(
 
     lengths = _lengths(users, items, length, user_rng)
     changes = lengths - np.rint(shifted_share * lengths).astype(int)  # first step of regime 1
-    environment = _environments(
-        changes, int(lengths.max()), truth.environment_frequency, persistence, environment_rng
-    )
+    environment = _environments(changes, int(lengths.max()), truth.environment_frequency, persistence, environment_rng)
     regime = (np.arange(lengths.max()) >= changes[:, None]).astype(int)
     chosen = _choices(truth, lengths, environment, regime, choice_rng)
     time = _times(lengths, changes, shifted_share, user_rng)
@@ -312,9 +295,7 @@ def _choices(
     return chosen
 
 
-def _times(
-    lengths: np.ndarray, changes: np.ndarray, shifted_share: float, rng: np.random.Generator
-) -> np.ndarray:
+def _times(lengths: np.ndarray, changes: np.ndarray, shifted_share: float, rng: np.random.Generator) -> np.ndarray:
     """(U, steps) Unix seconds: sittings of minutes, days apart, within a stretch of the regime's period."""
     steps = int(lengths.max())
     step = np.arange(steps)
