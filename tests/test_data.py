@@ -277,9 +277,7 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(publisher, tmp_pat
 def test_without_a_network_the_message_is_the_same(publisher, tmp_path, monkeypatch):
     closed = Archive(url="http://127.0.0.1:9/ml-100k.zip", md5="0", members=())
     monkeypatch.setattr(movielens, "ML_100K", closed)
-    with pytest.raises(
-        StudyError, match=r"ml-100k does not exist .*127\.0\.0\.1:9.*cannot be reached.*CAUSALDPO_DATA"
-    ):
+    with pytest.raises(StudyError, match=r"ml-100k does not exist .*127\.0\.0\.1:9.*cannot be reached.*CAUSALDPO_DATA"):
         load_dataset("ml-100k", tmp_path / "ml-100k")
 
 
@@ -364,9 +362,7 @@ def test_published_ml_100k():
 
 
 @pytest.mark.realdata
-@pytest.mark.parametrize(
-    ("name", "rows"), [("causaldpo-ml-10m", 2_282 + 3_436), ("sdpo-lastfm", 2_767 + 2_495)]
-)
+@pytest.mark.parametrize(("name", "rows"), [("causaldpo-ml-10m", 2_282 + 3_436), ("sdpo-lastfm", 2_767 + 2_495)])
 def test_published_prompts(name, rows):
     needs(data_folder() / "prompts" / name)
     prompts = load_prompts(name)

@@ -86,9 +86,7 @@ def conda_pip(conda: list) -> list[str]:
 # environment.yml
 
 
-def test_environment_file_names_the_owners_ten_as_pyproject_does(
-    conda_pip: list[str], declared: Requirements
-):
+def test_environment_file_names_the_owners_ten_as_pyproject_does(conda_pip: list[str], declared: Requirements):
     named = by_name(line for line in conda_pip if not line.startswith("-"))
     assert set(named) == OWNERS
     assert {name: str(named[name].specifier) for name in OWNERS} == {
@@ -220,13 +218,9 @@ def test_the_library_imports_only_what_is_declared(core: Requirements, extras: d
     assert not problems
 
 
-def test_notebooks_benchmarks_and_tests_import_only_what_is_declared(
-    core: Requirements, declared: Requirements
-):
+def test_notebooks_benchmarks_and_tests_import_only_what_is_declared(core: Requirements, declared: Requirements):
     problems = {}
-    own = {"causaldpo_lib", "benchmarks", "tests", "conftest"} | {
-        path.stem for path in (ROOT / "tests").glob("*.py")
-    }
+    own = {"causaldpo_lib", "benchmarks", "tests", "conftest"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     groups = [
         (core, [*notebook_sources(), *python_sources("benchmarks")]),
         (declared, python_sources("tests")),

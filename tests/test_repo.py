@@ -45,9 +45,7 @@ def walked_files() -> list[Path]:
     found = []
     for folder, subfolders, names in os.walk(ROOT):
         skipped = UNTRACKED | (UNTRACKED_AT_ROOT if Path(folder) == ROOT else set())
-        subfolders[:] = [
-            name for name in subfolders if name not in skipped and not name.endswith(".egg-info")
-        ]
+        subfolders[:] = [name for name in subfolders if name not in skipped and not name.endswith(".egg-info")]
         found += [Path(folder, name) for name in names]
     return found
 
@@ -72,9 +70,7 @@ def test_the_fixed_top_level_exists():
 
 
 def test_nothing_that_a_run_writes_is_tracked():
-    assert not [
-        relative(path) for path in FILES if relative(path).startswith(("results/", "data/", ".venv/"))
-    ]
+    assert not [relative(path) for path in FILES if relative(path).startswith(("results/", "data/", ".venv/"))]
 
 
 def test_no_file_names_a_folder_of_one_machine():
@@ -118,9 +114,7 @@ def notebook(request: pytest.FixtureRequest) -> dict:
 
 
 def code_cells(notebook: dict) -> list[dict]:
-    return [
-        cell for cell in notebook["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()
-    ]
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and "".join(cell["source"]).strip()]
 
 
 def test_notebook_is_valid_and_small(notebook: dict):
@@ -139,9 +133,7 @@ def test_notebook_opens_with_a_title(notebook: dict):
 def test_notebook_has_one_cell_of_parameters(notebook: dict):
     tagged = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert [cell["cell_type"] for cell in tagged] == ["code"]
-    assert not [
-        cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])
-    ]
+    assert not [cell for cell in notebook["cells"] if "injected-parameters" in cell["metadata"].get("tags", [])]
 
 
 def test_notebook_was_executed_top_to_bottom_without_errors(notebook: dict):
@@ -180,9 +172,7 @@ def test_relative_links_and_images_exist(page: Path):
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
         tracked = target in FILES or any(target in path.parents for path in FILES)
-        if not tracked or (
-            anchor and target.suffix == ".md" and anchor not in headings(target.read_text("utf8"))
-        ):
+        if not tracked or (anchor and target.suffix == ".md" and anchor not in headings(target.read_text("utf8"))):
             broken.append(link)
     assert not broken
 
@@ -250,9 +240,7 @@ def test_make_lists_exactly_the_fixed_targets():
 
 def test_make_passes_study_and_cores_on():
     assert "-m causaldpo_lib.study quick --cores " in make("-n", "study").stdout
-    assert (
-        "-m causaldpo_lib.study ml-100k --cores 3" in make("-n", "study", "STUDY=ml-100k", "CORES=3").stdout
-    )
+    assert "-m causaldpo_lib.study ml-100k --cores 3" in make("-n", "study", "STUDY=ml-100k", "CORES=3").stdout
     assert "-m causaldpo_lib.study ml-100k --publish" in make("-n", "publish", "STUDY=ml-100k").stdout
 
 

@@ -28,9 +28,7 @@ def probabilities_of_choices(data, truth) -> tuple[np.ndarray, np.ndarray]:
     """(N, I) probabilities of each choice among the items its user had not chosen; (N,) chosen columns."""
     table = data.table
     user, item = table["user"].to_numpy() - 1, table["item"].to_numpy() - 1
-    cube = np.stack(
-        [[truth.choice_probabilities(e, r) for e in range(len(truth.boosted[r]))] for r in range(2)]
-    )
+    cube = np.stack([[truth.choice_probabilities(e, r) for e in range(len(truth.boosted[r]))] for r in range(2)])
     probabilities = cube[table["regime"], table["environment"], user]
     for row in range(1, len(table)):
         if user[row] == user[row - 1]:
@@ -71,9 +69,7 @@ def test_strength_changes_choices_only(confounded, unconfounded):
 def test_confounder_is_visible_at_the_set_strength(confounded):
     without = replace(confounded.truth, strength=0.0)
     assert z_score_of_boosted_choices(confounded, without) > 30  # far more than taste explains ...
-    assert (
-        abs(z_score_of_boosted_choices(confounded, confounded.truth)) < 3.5
-    )  # ... as many as strength 2 does
+    assert abs(z_score_of_boosted_choices(confounded, confounded.truth)) < 3.5  # ... as many as strength 2 does
     assert z_score_of_boosted_choices(confounded, replace(confounded.truth, strength=1.5)) > 5
     assert z_score_of_boosted_choices(confounded, replace(confounded.truth, strength=2.5)) < -5
 
@@ -125,9 +121,7 @@ def test_the_shift_changes_frequencies_and_boosts_but_neither_taste_nor_populari
     assert (truth.boosted.sum(axis=1) <= 1).all()  # no item in two environments of a regime
     np.testing.assert_array_equal(truth.boosted.sum(axis=2), 30)
     unboosted = replace(truth, strength=0.0)
-    np.testing.assert_allclose(
-        unboosted.choice_probabilities(0, regime=0), unboosted.choice_probabilities(3, regime=1)
-    )
+    np.testing.assert_allclose(unboosted.choice_probabilities(0, regime=0), unboosted.choice_probabilities(3, regime=1))
 
 
 def test_interventional_preference_is_the_backdoor_mixture(confounded, unconfounded):
@@ -138,9 +132,7 @@ def test_interventional_preference_is_the_backdoor_mixture(confounded, unconfoun
     by_hand = sum(truth.environment_frequency[0][e] * truth.choice_probabilities(e, 0)[41] for e in range(4))
     np.testing.assert_allclose(preference.loc[42], by_hand)
     assert not np.allclose(preference, truth.interventional(regime=1))
-    np.testing.assert_allclose(
-        unconfounded.truth.interventional(regime=0), unconfounded.truth.interventional(regime=1)
-    )
+    np.testing.assert_allclose(unconfounded.truth.interventional(regime=0), unconfounded.truth.interventional(regime=1))
 
 
 def test_popularity_is_long_tailed(confounded):

@@ -33,20 +33,14 @@ def ratings(seed: int = 0, users: int = 60, items: int = 80, distinct_times: int
         for user in range(users)
         for item in rng.choice(items, size=rng.integers(8, 40), replace=False, p=odds / odds.sum())
     ]
-    table = pd.DataFrame(rows, columns=["user", "item", "rating", "time"]).sort_values(
-        ["user", "time", "item"]
-    )
+    table = pd.DataFrame(rows, columns=["user", "item", "rating", "time"]).sort_values(["user", "time", "item"])
     catalogue = pd.DataFrame({"item": range(items), "title": [f"Title {item}" for item in range(items)]})
     return Interactions("ratings", table.reset_index(drop=True), catalogue)
 
 
 def without_times(data: Interactions) -> Interactions:
     """The same with text ids and no times, as Book-Crossing has them."""
-    table = (
-        data.table.drop(columns="time")
-        .astype({"user": str})
-        .assign(item=data.table["item"].map("i{:03}".format))
-    )
+    table = data.table.drop(columns="time").astype({"user": str}).assign(item=data.table["item"].map("i{:03}".format))
     return Interactions("timeless", table, data.items.assign(item=data.items["item"].map("i{:03}".format)))
 
 
@@ -116,9 +110,7 @@ def test_splits_are_disjoint_and_none_is_empty(data, shift, options):
     merged = split.merge(data.table, on=["user", "item"])
     assert len(merged) == len(split) and merged["rating"].ge(4).all()
     assert split.groupby("user").size().min() >= 5
-    expected = [
-        c for c in ("user", "item", "time", "environment", "split") if c == "split" or c in data.table
-    ]
+    expected = [c for c in ("user", "item", "time", "environment", "split") if c == "split" or c in data.table]
     assert list(split.columns) == expected
 
 
@@ -154,9 +146,7 @@ def test_rows_are_ordered_by_user_time_and_item(data, shift, options):
 def test_the_order_of_the_source_does_not_matter(data, shift, options):
     if "time" not in data.table:
         pytest.skip("without times the order of the source is all there is")
-    shuffled = data.table.sample(frac=1, random_state=1).sort_values(
-        ["user", "time", "item"], ignore_index=True
-    )
+    shuffled = data.table.sample(frac=1, random_state=1).sort_values(["user", "time", "item"], ignore_index=True)
     pd.testing.assert_frame_equal(
         make_split(shift, data, 0, **options), make_split(shift, replace(data, table=shuffled), 0, **options)
     )
