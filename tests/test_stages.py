@@ -1,0 +1,128 @@
+"""The stages end to end on a small simulated dataset, with another architecture than the embedded one."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import small_model
+
+from causaldpo_lib import pipeline, stages
+from causaldpo_lib.backbone import train_tokenizer
+from causaldpo_lib.errors import StudyError
+from causaldpo_lib.ranking import recommend
+
+
+def execute(stage, folder, **overrides):
+    return stages.execute(stage, pipeline.resolve(stage, {"run": str(folder), **overrides}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    options = {"users": 60, "items": 40, "length": 12}
+    return execute("data", root / "simulated-environment" / "data", dataset_options=options, test_examples=30)
+
+
+@pytest.fixture(scope="module")
+def sft(root, data):
+    """Fine-tuned from a random Qwen2 checkpoint on disk, with adapters: what a user's own model goes through."""
+    titles = pd.read_parquet(data.folder / "items.parquet")["title"]
+    tokenizer = train_tokenizer(titles)
+    small_model("qwen2", len(tokenizer)).save_pretrained(root / "qwen2")
+    tokenizer.save_pretrained(root / "qwen2")
+    return execute(
+        "sft", root / "sft", data=str(data.folder), backbone=str(root / "qwen2"), lora_rank=4, epochs=1.0, batch_size=32
+    )
+
+
+@pytest.fixture(scope="module")
+def aligned(root, data, sft):
+    def run(name, **overrides):
+        inputs = {"data": str(data.folder), "sft": str(sft.folder)}
+        return execute("align", root / name, **inputs, method=name, train_examples=64, **overrides)
+
+    return {
+        "dpo": run("dpo", mmd_weight=0.0),
+        "causal_dpo": run("causal_dpo", mmd_weight=100.0),
+        "shuffled": run("shuffled", mmd_weight=100.0, memberships="shuffled"),
+    }
+
+
+def test_data_stage_writes_what_the_others_read(data):
+    examples = pd.read_parquet(data.folder / "examples.parquet")
+    items = pd.read_parquet(data.folder / "items.parquet")
+    truth = pd.read_parquet(data.folder / "truth.parquet")
+    assert examples["split"].value_counts()[["iid_test", "ood_test", "validation"]].max() <= 30
+    assert examples["history"].map(len).between(1, 10).all() and examples["example"].is_unique
+    assert {"item", "title", "genres", "train_count", "group_mass", "group_items"} <= set(items)
+    assert truth.groupby("user")["preference"].sum().to_numpy() == pytest.approx(1.0)
+    assert len(data.summary["scalars"]["interactions_sha256"]) == 64
+
+
+def test_lists_are_ranked_for_every_method(root, data, sft, aligned):
+    found = {}
+    for name, run in {"sft": sft, **aligned}.items():
+        ranked = execute(
+            "rank", root / f"{name}-rank", data=str(data.folder), checkpoint=str(run.folder), beam_width=10
+        )
+        found[name] = pd.read_parquet(ranked.folder / "predictions.parquet")
+    for table in found.values():
+        assert set(table["split"]) == {"iid_test", "ood_test"} and table["rank"].between(0, 10).all()
+        assert np.isfinite(table["target_logp"]).all() and (table["target_logp"] < 0).all()
+        assert all(len(set(items)) == 10 for items in table["items"])
+        hit = table[table["rank"] < 10]
+        assert all(row.items[row.rank] == row.target for row in hit.itertuples())
+    assert not np.allclose(found["sft"]["target_logp"], found["dpo"]["target_logp"])
+    for first, second in (("dpo", "causal_dpo"), ("causal_dpo", "shuffled")):
+        assert not np.array_equal(found[first]["target_logp"], found[second]["target_logp"])
+
+
+def test_methods_of_a_seed_share_examples_and_the_control_only_shuffles(aligned):
+    tables = {name: pd.read_parquet(run.folder / "memberships.parquet") for name, run in aligned.items()}
+    assert tables["dpo"].equals(tables["causal_dpo"])
+    assert tables["shuffled"]["example"].equals(tables["causal_dpo"]["example"])
+    columns = [name for name in tables["shuffled"] if name.startswith("environment_")]
+    shuffled, inferred = (np.sort(tables[name][columns].to_numpy(), axis=0) for name in ("shuffled", "causal_dpo"))
+    np.testing.assert_allclose(shuffled, inferred)
+    assert not tables["shuffled"].equals(tables["causal_dpo"])
+
+
+def test_recommend_serves_a_trained_checkpoint(aligned, data):
+    titles = pd.read_parquet(data.folder / "items.parquet")["title"].tolist()
+    items, scores = recommend(aligned["causal_dpo"].folder / "checkpoint", titles[:2], k=5)
+    assert len(items) == 5 and scores == sorted(scores, reverse=True)
+
+
+def test_finished_runs_are_not_repeated(root, data, sft):
+    before = (sft.folder / "summary.json").stat().st_mtime_ns
+    again = execute(
+        "sft", root / "sft", data=str(data.folder), backbone=str(root / "qwen2"), lora_rank=4, epochs=1.0, batch_size=32
+    )
+    assert again.summary == sft.summary and (sft.folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_bad_input_is_one_sentence_and_finished_runs_stay(root, data, sft):
+    inputs = {"data": str(data.folder)}
+    with pytest.raises(StudyError, match=r"no causal language model could be loaded from .*nowhere"):
+        execute("sft", root / "other", **inputs, backbone=str(root / "nowhere"))
+    with pytest.raises(StudyError, match="set lora_rank: 0"):
+        execute("sft", root / "another", **inputs, lora_rank=4)
+    with pytest.raises(StudyError, match="choose another folder"):
+        execute("sft", sft.folder, **inputs)
+    with pytest.raises(StudyError, match="unknown negative sampler 'unifrom'"):
+        execute("align", root / "bad", **inputs, sft=str(sft.folder), negatives="unifrom", train_examples=8)
+    assert sft.complete
+
+
+def test_history_genres_and_groups_name_the_typical_item():
+    items = pd.DataFrame(
+        {"item": [1, 2, 3], "genres": ["drama|war", "comedy", "comedy"], "group_mass": ["G1", "G3", "G5"]}
+    )
+    examples = pd.DataFrame({"history": [[1], [2, 1], [2, 3, 1]]})
+    assert stages.history_genres(examples, items).tolist() == ["drama", "comedy", "comedy"]
+    assert stages.history_groups(examples, items).tolist() == ["G1", "G3", "G3"]
