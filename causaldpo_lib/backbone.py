@@ -89,15 +89,14 @@ def tiny_backbone(titles: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, P
 
 
 def load_checkpoint(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer in Hugging Face format, on the default device.
+    """A causal language model, in the precision it was saved in, and its tokenizer, on the default device.
 
     Raises:
         StudyError: nothing loadable is there, or the tokenizer has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto")
     except (OSError, ValueError) as error:
         raise StudyError(
             f"no causal language model could be loaded from {str(name_or_path)!r}: give 'tiny', a folder in Hugging "

@@ -98,6 +98,7 @@ class PackedTrainer(Trainer):
     def __init__(self, args: TrainingArguments, label: str, **kwargs: Any) -> None:
         args.remove_unused_columns = False  # the collator, not the model's signature, reads the features
         super().__init__(args=args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # compute_loss gives batch means: accumulated batches are averaged
         self._recorded: dict[str, list[float]] = defaultdict(list)
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressLines(label))

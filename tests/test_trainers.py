@@ -183,3 +183,15 @@ def test_bad_input_is_named(tmp_path, tiny, rows):
         encode_features(tiny[1], [rows[0], {"prompt": "p", "chosen": "c"}], ["chosen", "rejected"])
     with pytest.raises(StudyError, match="different numbers of rejected"):
         trainer(tmp_path, tiny, [rows[0], {**rows[1], "rejected": rows[1]["rejected"][:1]}])
+
+
+def test_accumulated_batches_are_averaged(tmp_path, tiny, rows):
+    """Adam hides the gradient's scale from the weights, so its logged norm is compared."""
+    norms = []
+    for size, steps in ((8, 1), (4, 2)):
+        args = config(tmp_path, mmd_weight=0.0, gradient_accumulation_steps=steps)
+        args.per_device_train_batch_size, args.max_steps = size, 1
+        run = CausalDPOTrainer(copy.deepcopy(tiny[0]), args=args, train_dataset=rows[:8], processing_class=tiny[1])
+        run.train()
+        norms.append(run.table()[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
