@@ -88,15 +88,17 @@ def tiny_backbone(titles: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, P
     return LlamaForCausalLM(config), tokenizer
 
 
-def load_checkpoint(name_or_path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, in the precision it was saved in, and its tokenizer, on the default device.
+def load_checkpoint(
+    name_or_path: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer on the default device; "auto" is the precision it was saved in.
 
     Raises:
         StudyError: nothing loadable is there, or the tokenizer has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise StudyError(
             f"no causal language model could be loaded from {str(name_or_path)!r}: give 'tiny', a folder in Hugging "

@@ -66,19 +66,24 @@ def dpo_loss(log_probs: LogProbs, *, beta: float = 0.1) -> Tensor:
 LOSSES: dict[str, Callable[..., Tensor]] = {"dpo": dpo_loss}
 
 
-def check_hyperparameters(name: str, hyperparameters: dict[str, object]) -> None:
+def hyperparameters(name: str) -> list[str]:
+    """The names of a loss's hyper-parameters."""
+    return list(inspect.signature(pick(LOSSES, name, "loss")).parameters)[1:]
+
+
+def check_hyperparameters(name: str, given: dict[str, object]) -> None:
     """Refuse an unknown loss or hyper-parameter.
 
     Raises:
         StudyError: names the loss, the key and the keys that exist.
     """
-    known = list(inspect.signature(pick(LOSSES, name, "loss")).parameters)[1:]
-    for key in hyperparameters:
+    known = hyperparameters(name)
+    for key in given:
         if key not in known:
             raise StudyError(f"loss {name!r} has no hyper-parameter {key!r}: choose from {', '.join(known)}")
 
 
-def preference_loss(name: str, log_probs: LogProbs, **hyperparameters: float) -> tuple[Tensor, dict[str, float]]:
+def preference_loss(name: str, log_probs: LogProbs, **options: float) -> tuple[Tensor, dict[str, float]]:
     """Batch mean of a loss of ``LOSSES``, and what a log should show of the batch.
 
     Returns:
@@ -88,8 +93,8 @@ def preference_loss(name: str, log_probs: LogProbs, **hyperparameters: float) ->
     Raises:
         StudyError: unknown loss or hyper-parameter, or a reference is missing.
     """
-    check_hyperparameters(name, hyperparameters)
-    loss = LOSSES[name](log_probs, **hyperparameters).mean()
+    check_hyperparameters(name, options)
+    loss = LOSSES[name](log_probs, **options).mean()
     if log_probs.ref_chosen is None:
         chosen, rejected = log_probs.chosen, log_probs.rejected
     else:

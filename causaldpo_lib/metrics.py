@@ -149,16 +149,6 @@ def group_slots(items: ArrayLike, groups: Mapping[Hashable, str], k: int) -> dic
     return {name: (group_of == name).mean(axis=1) for name in sorted(set(groups.values()))}
 
 
-def group_shares(items: ArrayLike, groups: Mapping[Hashable, str], k: int) -> dict[str, float]:
-    """The share of all N k recommendation slots that each group of items takes: fractions that sum to 1.
-
-    Source:  the exposure shares behind CausalDPO's Fig. 1 (left), over the first k positions.
-    Shapes:  as in ``group_slots``.
-    Raises:  ValueError as in ``group_slots``, or if there is no example.
-    """
-    return {name: _mean(values) for name, values in group_slots(items, groups, k).items()}
-
-
 def gini(counts: ArrayLike) -> float:
     """Gini coefficient of the items' recommendation counts: 0 = all equal, (n-1)/n = one item has all.
 

@@ -14,9 +14,15 @@ from causaldpo_lib.errors import StudyError, pick
 
 
 def median_bandwidth(outputs: Tensor) -> Tensor:
-    """Median of the pairwise distances i < j of ``outputs`` (B, d), detached; torch's (lower) median, never 0."""
-    median = torch.pdist(outputs.detach().float()).median()
-    return torch.where(median > 0, median, torch.ones_like(median))
+    """Median of the pairwise distances i < j of ``outputs`` (B,) or (B, d), detached; torch's (lower) median.
+
+    1 where it would be 0 or where there is no pair.
+    """
+    one = torch.ones((), device=outputs.device)
+    if len(outputs) < 2:
+        return one
+    median = torch.pdist(outputs.detach().reshape(len(outputs), -1).float()).median()
+    return torch.where(median > 0, median, one)
 
 
 def gaussian_kernel(outputs: Tensor, bandwidth: Tensor | float) -> Tensor:

@@ -1,8 +1,8 @@
 """Histories of titles to prompts, prompts and titles to tokens: the one place where text becomes ids.
 
 A prompt ends in ``Next:`` and a response is a blank, a title and the end-of-sequence token, so that the boundary
-between them is a token boundary. ``encode`` checks this for the tokenizer at hand instead of assuming it: supervised
-fine-tuning, alignment and ranking then see the same tokens.
+between them is a token boundary. ``check_boundary`` tests this for the tokenizer at hand instead of assuming
+it: supervised fine-tuning, alignment and ranking then see the same tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def encode_prompts(
             _, found, tail = text.partition(SEPARATOR)
             if not found:
                 raise StudyError(
-                    f"a prompt of {len(ids)} tokens does not fit max_prompt_length = {max_tokens}: raise it"
+                    f"a prompt of {len(ids)} tokens does not fit the {max_tokens} left for it: raise max_length"
                 )
             text = TEMPLATE.partition("{")[0] + tail
             ids = tokenizer(text)["input_ids"]

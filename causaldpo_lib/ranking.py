@@ -222,7 +222,8 @@ def target_logps(
 class Ranking:
     """Lists for N examples, and where their targets are.
 
-    ``items`` (N, K) best first with ``scores`` (N, K) in nats; ``rank`` (N,), 0-based, K for a target not in the list;
+    ``items`` (N, K) best first with ``scores`` (N, K) in nats; ``rank`` (N,), 0-based, the number of items in the
+    catalogue for a target not in the list;
     ``target_logp`` (N,), the log-probability of the target against the whole catalogue, in nats.
     """
 
@@ -250,7 +251,7 @@ def rank_beam(
     for target in targets:
         if target not in position:
             raise StudyError(f"the target item {target!r} is not in the catalogue of {len(position)} items")
-    encoded = encode_prompts(tokenizer, prompts)
+    encoded = encode_prompts(tokenizer, prompts, _room(model, catalogue))
     positions = np.array([position[target] for target in targets])
     k = min(k, len(catalogue.items))
     found = np.empty((len(prompts), k), dtype=np.int64)
@@ -264,7 +265,7 @@ def rank_beam(
         logps = target_logps(model, rows, positions[chunk].tolist(), catalogue, tokenizer.pad_token_id)
         target_logp[chunk] = logps.float().cpu().numpy()
     hits = found == positions[:, None]
-    rank = np.where(hits.any(1), hits.argmax(1), k)
+    rank = np.where(hits.any(1), hits.argmax(1), len(catalogue.items))
     return Ranking(catalogue.items[found], scores, rank, target_logp)
 
 
@@ -292,9 +293,15 @@ def recommend(checkpoint: str | Path, history: Sequence[object], k: int = 10) ->
     model, tokenizer = load_checkpoint(checkpoint)
     titles = [_title_of(entry, dict(zip(items["item"], items["title"], strict=True))) for entry in history]
     catalogue = Catalogue.build(items, tokenizer)
-    prompts = encode_prompts(tokenizer, [prompt_text(titles)])
-    found, scores = beam_search(model.eval(), prompts, catalogue.trie, k, tokenizer.pad_token_id)
-    return catalogue.items[found[0].cpu().numpy()].tolist(), scores[0].tolist()
+    prompts = encode_prompts(tokenizer, [prompt_text(titles)], _room(model, catalogue))
+    # A narrow beam may lose the best title on the way: short lists are cut from a list of ordinary width.
+    found, scores = beam_search(model.eval(), prompts, catalogue.trie, max(k, 20), tokenizer.pad_token_id)
+    return catalogue.items[found[0, :k].cpu().numpy()].tolist(), scores[0, :k].tolist()
+
+
+def _room(model: nn.Module, catalogue: Catalogue) -> int:
+    """Tokens that the model's context leaves for a prompt beside the longest title."""
+    return model.config.max_position_embeddings - max(len(ids) for ids in catalogue.responses)
 
 
 def _title_of(entry: object, titles: Mapping[object, str]) -> str:

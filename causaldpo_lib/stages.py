@@ -18,9 +18,10 @@ from transformers import TrainingArguments
 
 from causaldpo_lib import backbone, environments, packing, pairs, pipeline, prompts, ranking, splits, trainers
 from causaldpo_lib.data import load_dataset
-from causaldpo_lib.errors import StudyError
+from causaldpo_lib.errors import StudyError, pick
 
 TESTED = ("iid_test", "ood_test")
+LONGEST_LIST = 20  # the largest cut-off of the tables
 
 
 def execute(stage: str, namespace: Mapping[str, Any]) -> pipeline.Run:
@@ -206,16 +207,20 @@ def align(
     }
 
 
-def rank(folder: Path, data: str, checkpoint: str, beam_width: int, batch_size: int) -> dict[str, Any]:
+def rank(folder: Path, data: str, checkpoint: str, ranker: str, list_length: int, batch_size: int) -> dict[str, Any]:
     """Rank the catalogue for the test examples of both test splits and write the lists."""
+    if list_length < LONGEST_LIST:
+        raise StudyError(
+            f"list_length = {list_length} is too short for HR@{LONGEST_LIST}: set it to {LONGEST_LIST} or more"
+        )
     items, examples = _tables(data)
     examples = examples[examples["split"].isin(TESTED)].reset_index(drop=True)
     source = pipeline.load_run(checkpoint, ("sft", "align")).folder
     model, tokenizer = backbone.load_checkpoint(source / "checkpoint")
     catalogue = ranking.Catalogue.build(items, tokenizer)
     rows = prompts.prompt_table(examples, items.set_index("item")["title"])
-    found = ranking.rank_beam(
-        model, tokenizer, catalogue, rows["prompt"].tolist(), examples["item"].tolist(), beam_width, batch_size
+    found = pick(ranking.RANKERS, ranker, "ranker")(
+        model, tokenizer, catalogue, rows["prompt"].tolist(), examples["item"].tolist(), list_length, batch_size
     )
     predictions = examples[["example", "split", "user", "item"]].rename(columns={"item": "target"})
     predictions = predictions.assign(
@@ -312,7 +317,8 @@ def _backbone(source: str | Path, titles: pd.Series | list[str], seed: int, lora
             raise StudyError("lora_rank adapts pretrained weights, and the backbone 'tiny' has none: set lora_rank: 0")
         model, tokenizer = backbone.tiny_backbone(titles, seed)
     else:
-        model, tokenizer = backbone.load_checkpoint(source)
+        # Small steps vanish when they are added to bfloat16 weights; adapters are float32 whatever they adapt.
+        model, tokenizer = backbone.load_checkpoint(source, dtype="auto" if lora_rank else torch.float32)
     torch.manual_seed(seed)
     return backbone.with_lora(model, lora_rank), tokenizer
 

@@ -5,9 +5,15 @@ each user with all of their examples, and recomputes the statistic: the independ
 example. Resampling works through counts (how often a user was drawn) on per-user sums, which equals copying
 rows and is much faster.
 
-With few seeds the interval is slightly too narrow: resampling S seeds shows (S-1)/S of the true variance
-between seeds (two thirds at S = 3), and no resample can show a seed that was never trained. More seeds, not
-more resamples, are the remedy.
+Percentiles of such resamples are far too narrow for three seeds: resampling S seeds shows (S - 1) / S of the
+variance between seeds, and knows nothing of how uncertain a variance from three values is. Where seeds vary
+ten times as much as the users' standard error, nominal 95 % covered 74 %. Intervals here are therefore
+
+    mean +- t_nu sqrt(V),   V = V_boot + V_seed / S,   nu = V^2 / (V_seed^2 / (S - 1) + (V - V_seed)^2 / (U - 1)),
+
+V_boot the variance of the resamples, V_seed = s^2 / S with s^2 the variance of the seeds' means, and nu
+Satterthwaite's degrees of freedom: close to the bootstrap where users dominate, to Student's t over the seeds
+where seeds do. In the same simulations they cover at least 90 %. More seeds, not more resamples, make them shorter.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import t as student
 
 FloatArray = NDArray[np.float64]
 LEVEL = 0.95  # of every interval in this study
@@ -24,7 +31,7 @@ RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
-    """A statistic with its percentile bootstrap interval, in the statistic's own unit."""
+    """A mean with its 95 % interval, in the values' own unit."""
 
     mean: float
     low: float
@@ -32,7 +39,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired difference with its percentile bootstrap interval and two-sided bootstrap p-value."""
+    """A paired difference with its 95 % interval and two-sided p-value."""
 
     mean: float
     low: float
@@ -55,101 +62,70 @@ def draw_counts(size: int, resamples: int, seed: int) -> FloatArray:
     return counts
 
 
-def weighted_ratio(
-    numerators: FloatArray, denominators: FloatArray, seed_counts: FloatArray, user_counts: FloatArray
+def resampled_means(
+    sums: FloatArray, sizes: FloatArray, seed_counts: FloatArray, user_counts: FloatArray
 ) -> FloatArray:
-    """The statistic under given draws: mean over drawn seeds of (sum of a) / (sum of b) over the drawn users.
+    """The mean under given draws: over drawn seeds, of the mean over all examples of the drawn users.
 
-    Shapes:  per-user sums numerators a, denominators b (S, U); seed_counts (R, S); user_counts (R, U).
-             Returns (R,).
+    Shapes:  per-user sums (S, U) and numbers of examples (U,); seed_counts (R, S); user_counts (R, U). Returns (R,).
     Checked: tests/test_stats.py, against loops over copied rows.
     """
-    per_seed = (user_counts @ numerators.T) / (user_counts @ denominators.T)
+    per_seed = (user_counts @ sums.T) / (user_counts @ sizes)[:, None]
     return (seed_counts * per_seed).sum(axis=1) / seed_counts.sum(axis=1)
 
 
-def ratio_resamples(
-    numerators: ArrayLike,
-    denominators: ArrayLike,
-    users: ArrayLike,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> tuple[float, FloatArray]:
-    """A ratio of sums, averaged over seeds, on the data and on bootstrap resamples of seeds and users.
+class _Estimate(NamedTuple):
+    mean: float
+    error: float  # standard error
+    freedom: float  # degrees of freedom
 
-    Shapes:  numerators (S, N) seeds x examples; denominators (S, N) or (N,), not negative; users (N,) ids.
-             Returns the statistic and its (resamples,) replicates.
-    Raises:  ValueError on NaN, wrong shapes, no example, or a user whose denominators sum to 0.
-    """
-    top = np.atleast_2d(np.asarray(numerators, dtype=np.float64))
-    bottom = np.broadcast_to(np.asarray(denominators, dtype=np.float64), top.shape)
+
+def _estimate(values: FloatArray, users: ArrayLike, resamples: int, seed: int) -> _Estimate:
+    """The mean of values (S, N), its standard error and degrees of freedom: the formulas in the module's docstring."""
     ids = np.asarray(users)
-    if top.ndim != 2 or top.size == 0:
-        raise ValueError(f"values must be a non-empty table of seeds x examples, got shape {top.shape}")
-    if ids.shape != top.shape[1:]:
-        raise ValueError(f"{top.shape[1]} examples but users of shape {ids.shape}")
-    if np.isnan(top).any() or np.isnan(bottom).any():
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"values must be a non-empty table of seeds x examples, got shape {values.shape}")
+    if ids.shape != values.shape[1:]:
+        raise ValueError(f"{values.shape[1]} examples but users of shape {ids.shape}")
+    if np.isnan(values).any():
         raise ValueError("values contain NaN")
     _, position = np.unique(ids, return_inverse=True)
-    sums = _sums_by_user(top, position)
-    weights = _sums_by_user(bottom, position)
-    if (weights <= 0).any():
-        raise ValueError("every user needs a positive denominator: leave users without one out")
-    seed_counts = draw_counts(len(sums), resamples, seed + 1)  # its own stream, in case S = U
-    user_counts = draw_counts(sums.shape[1], resamples, seed)
-    statistic = float((sums.sum(axis=1) / weights.sum(axis=1)).mean())
-    return statistic, weighted_ratio(sums, weights, seed_counts, user_counts)
-
-
-def _sums_by_user(values: FloatArray, position: NDArray[np.intp]) -> FloatArray:
-    size = int(position.max()) + 1
-    return np.stack([np.bincount(position, weights=row, minlength=size) for row in values])
-
-
-def _percentiles(replicates: FloatArray) -> tuple[float, float]:
-    tail = 50 * (1 - LEVEL)
-    low, high = np.percentile(replicates, [tail, 100 - tail])
-    return float(low), float(high)
+    sizes = np.bincount(position).astype(float)
+    sums = np.stack([np.bincount(position, weights=row) for row in values])
+    seeds, count = sums.shape
+    seed_counts = draw_counts(seeds, resamples, seed + 1)  # its own stream, in case S = U
+    user_counts = draw_counts(count, resamples, seed)
+    within = float(resampled_means(sums, sizes, seed_counts, user_counts).var())
+    between = float(values.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    total = within + between / seeds
+    rest = max(total - between, 0.0)
+    doubt = (between**2 / (seeds - 1) if seeds > 1 else 0.0) + (rest**2 / (count - 1) if count > 1 else 0.0)
+    return _Estimate(float(values.mean()), total**0.5, total**2 / doubt if doubt else np.inf)
 
 
 def interval(values: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean over seeds and examples, with a 95 % percentile interval from resampling seeds and users together.
+    """Mean over seeds and examples, with a 95 % interval for other seeds and other users.
 
-    With one seed only users are resampled, and the interval says nothing about training noise.
+    With one seed only users are resampled, and the interval says nothing about training noise. The interval is cut at
+    the smallest and the largest value, so that a share stays between 0 and 1.
 
     Shapes:  values (S, N) seeds x examples, or (N,) for one seed; users (N,) ids, one per example.
     Raises:  ValueError on NaN, no example, or mismatched lengths.
     Checked: tests/test_stats.py, by coverage on simulated data and by row-copying loops.
     """
-    statistic, replicates = ratio_resamples(values, 1.0, users, resamples, seed)
-    return Interval(statistic, *_percentiles(replicates))
-
-
-def ratio_interval(
-    numerators: ArrayLike,
-    denominators: ArrayLike,
-    users: ArrayLike,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """As ``interval`` for a ratio of sums whose parts both vary, e.g. slots taken by a group / slots shown.
-
-    Shapes:  numerators (S, N); denominators (S, N) or (N,); users (N,).
-    Raises:  ValueError as in ``ratio_resamples``.
-    """
-    statistic, replicates = ratio_resamples(numerators, denominators, users, resamples, seed)
-    return Interval(statistic, *_percentiles(replicates))
+    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    found = _estimate(table, users, resamples, seed)
+    reach = student.ppf((1 + LEVEL) / 2, found.freedom) * found.error
+    low, high = max(found.mean - reach, table.min()), min(found.mean + reach, table.max())
+    return Interval(found.mean, float(low), float(high))
 
 
 def paired(
     values: ArrayLike, baseline: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> Difference:
-    """Mean of (values - baseline), paired by seed and example, with interval and two-sided bootstrap p-value.
+    """Mean of (values - baseline), paired by seed and example, with interval and two-sided p-value.
 
-        p = min(1, 2 min(#{d* <= 0} + 1, #{d* >= 0} + 1) / (R + 1))
-
-    over the R replicates d* of the difference: never 0, and it agrees with the percentile interval (p < 0.05
-    where the interval leaves 0 out, up to the resolution of R).
+    p = 2 P(T_nu >= |mean| / sqrt(V)), which is below 0.05 exactly where the interval leaves 0 out.
 
     Shapes:  values, baseline (S, N) with the same seeds and examples in the same order; users (N,).
     Raises:  ValueError if the shapes differ, and as in ``interval``.
@@ -157,10 +133,13 @@ def paired(
     left, right = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"not paired: shapes {left.shape} and {right.shape} differ")
-    statistic, replicates = ratio_resamples(left - right, 1.0, users, resamples, seed)
-    below, above = int((replicates <= 0).sum()), int((replicates >= 0).sum())
-    p = min(1.0, 2 * (min(below, above) + 1) / (len(replicates) + 1))
-    return Difference(statistic, *_percentiles(replicates), p)
+    difference = np.atleast_2d(left - right)
+    found = _estimate(difference, users, resamples, seed)
+    if found.error == 0:
+        p = float(found.mean == 0)
+    else:
+        p = float(2 * student.sf(abs(found.mean) / found.error, found.freedom))
+    return Difference(*interval(difference, users, resamples, seed), p)
 
 
 def holm(p: ArrayLike) -> FloatArray:

@@ -10,8 +10,8 @@ writes them to ``results/<study>/`` as csv. Everything shown anywhere is made fr
     diagnostics.csv  setting, method, seed, seconds, coverage and Gini of the lists, scalars of the training run
     points-<setting>.csv  the environments stage's map of prompt states
 
-Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 % percentile bootstrap
-intervals over training seeds and users together (``stats``); floors have no seeds, so theirs is over users
+Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 %, over training
+seeds and users together (``stats``); floors have no seeds, so theirs is over users
 only. A Holm family is one metric in one split of one setting, with all its method-baseline comparisons.
 """
 
@@ -341,7 +341,7 @@ def summary_text(folder: str | Path) -> str:
         for split in select(tables["metrics"], setting=setting)["split"].unique():
             lines += ["", f"{setting}, {SPLITS[split]}: {facts(tables, setting, split)}"]
             lines += _columns(result_table(tables, setting, split))
-    return "\n".join([*lines[1:], "", "[low, high]: 95 % bootstrap intervals over training seeds and users"])
+    return "\n".join([*lines[1:], "", "[low, high]: 95 % intervals over training seeds and users"])
 
 
 def _columns(table: Frame) -> list[str]:

@@ -218,8 +218,8 @@ def caption(tables: Tables, setting: str) -> str:
     seeds = int(rows["seeds"].max())
     many = "s" * (seeds != 1)
     return (
-        f"*{setting}: {examples}; means over {seeds} training seed{many}; whiskers: 95 % percentile bootstrap "
-        "intervals over seeds and users.*"
+        f"*{setting}: {examples}; means over {seeds} training seed{many}; whiskers: 95 % intervals "
+        "over seeds and users.*"
     )
 
 
@@ -277,7 +277,7 @@ CLAIMS = (
         ("ood_test",),
     ),
     Claim(
-        "CausalDPO is causally better than DPO under shift",
+        "CausalDPO collects more interventional preference (training p(E)) than DPO under shift",
         f"causal_NDCG@{K}",
         "causal_dpo",
         "dpo",

@@ -20,8 +20,8 @@ from trl import DPOConfig
 
 from causaldpo_lib.environments import EnvironmentInference
 from causaldpo_lib.errors import StudyError, pick
-from causaldpo_lib.losses import LogProbs, check_hyperparameters, preference_loss
-from causaldpo_lib.mmd import mmd_squared
+from causaldpo_lib.losses import LogProbs, check_hyperparameters, hyperparameters, preference_loss
+from causaldpo_lib.mmd import median_bandwidth, mmd_squared
 from causaldpo_lib.packing import PackedBatch, pack, score_dataset, score_responses
 from causaldpo_lib.prompts import check_boundary, encode_prompts, encode_responses
 
@@ -32,9 +32,11 @@ def encode_features(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Mapping[str, Any]],
     response_columns: Sequence[str],
-    max_prompt_tokens: int | None = None,
+    max_length: int | None = None,
 ) -> list[Feature]:
     """Rows with string columns ``prompt`` and ``response_columns`` (a string, or a list of strings) as token ids.
+
+    A prompt that with its longest response exceeds ``max_length`` tokens loses its oldest titles.
 
     Raises:
         StudyError: there is no row, a row lacks a column, or the tokenizer merges prompt and response.
@@ -50,7 +52,9 @@ def encode_features(
     flat = iter(encode_responses(tokenizer, [response for group in groups for response in group]))
     encoded = [[next(flat) for _ in group] for group in groups]
     count = len(rows)
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], max_prompt_tokens)
+    longest = max(len(response) for group in encoded for response in group)
+    limit = None if max_length is None else max_length - longest
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], limit)
     return [
         # transformers groups by the length of input_ids, which the prompt dominates.
         {
@@ -60,6 +64,10 @@ def encode_features(
         }
         for i in range(count)
     ]
+
+
+def _context(model: nn.Module) -> int:
+    return model.config.max_position_embeddings
 
 
 class PackedCollator:
@@ -97,6 +105,7 @@ class PackedTrainer(Trainer):
 
     def __init__(self, args: TrainingArguments, label: str, **kwargs: Any) -> None:
         args.remove_unused_columns = False  # the collator, not the model's signature, reads the features
+        args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: torchrun, not DataParallel, for several
         super().__init__(args=args, **kwargs)
         self.model_accepts_loss_kwargs = False  # compute_loss gives batch means: accumulated batches are averaged
         self._recorded: dict[str, list[float]] = defaultdict(list)
@@ -140,7 +149,7 @@ class SupervisedTrainer(PackedTrainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=encode_features(processing_class, train_dataset, ["chosen"]),
+            train_dataset=encode_features(processing_class, train_dataset, ["chosen"], _context(model)),
             processing_class=processing_class,
             data_collator=PackedCollator(processing_class.pad_token_id),
             label=label,
@@ -162,6 +171,9 @@ class CausalDPOConfig(DPOConfig):
         mmd_weight: lambda of Eq. 10, the weight of the squared MMD of the chosen responses' implicit rewards; 0 is the
             plain preference loss.
         mmd_bandwidth: Gaussian kernel width in reward units; None is the batch's median distance.
+        mmd_min_bandwidth: least width of the median rule, in reward units. Training starts with all rewards at 0; the
+            penalty's gradient grows like 1 / bandwidth and would drown the preference loss over differences that mean
+            nothing (the logistic loss changes over a reward of 1).
         mmd_estimator: ``v``, ``u`` or ``debiased``.
         memberships: ``inferred`` from the reference's prompt states, or ``shuffled`` - the inferred rows dealt to other
             examples once: the same penalty without any information on environments (the decisive control).
@@ -172,6 +184,7 @@ class CausalDPOConfig(DPOConfig):
     loss_options: dict | str | None = field(default=None, metadata={"help": "The loss's hyper-parameters."})
     mmd_weight: float = field(default=1.0, metadata={"help": "Weight of the squared MMD between environments."})
     mmd_bandwidth: float | None = field(default=None, metadata={"help": "Kernel bandwidth; None: median distance."})
+    mmd_min_bandwidth: float = field(default=0.1, metadata={"help": "Least bandwidth of the median rule."})
     mmd_estimator: str = field(default="v", metadata={"help": "MMD estimator: v, u or debiased."})
     memberships: str = field(default="inferred", metadata={"help": "inferred or shuffled."})
     environment_seed: int = field(default=0, metadata={"help": "Seed of clustering and shuffling."})
@@ -217,7 +230,8 @@ class CausalDPOTrainer(PackedTrainer):
         label: str = "alignment",
     ) -> None:
         args = CausalDPOConfig(output_dir="results/trainer") if args is None else args
-        features = encode_features(processing_class, train_dataset, ["chosen", "rejected"])
+        limit = min(args.max_length or _context(model), _context(model))
+        features = encode_features(processing_class, train_dataset, ["chosen", "rejected"], limit)
         if len({len(feature["responses"]) for feature in features}) > 1:
             raise StudyError("rows have different numbers of rejected responses: give every row the same number")
         super().__init__(
@@ -228,9 +242,10 @@ class CausalDPOTrainer(PackedTrainer):
             data_collator=PackedCollator(processing_class.pad_token_id),
             label=label,
         )
-        options = dict(args.loss_options)
-        self.beta = float(options.get("beta", args.beta))
-        self.loss_options = {**options, "beta": self.beta}
+        self.loss_options = dict(args.loss_options)
+        if "beta" in hyperparameters(args.loss):
+            self.loss_options.setdefault("beta", args.beta)
+        self.beta = float(self.loss_options.get("beta", args.beta))
         reference = self.model if ref_model is None else ref_model.to(self.args.device)
         with self.compute_loss_context_manager():
             scores = score_dataset(
@@ -263,8 +278,9 @@ class CausalDPOTrainer(PackedTrainer):
         preference, metrics = preference_loss(self.args.loss, log_probs, **self.loss_options)
         rewards = self.beta * log_probs.log_ratios()[0]
         memberships = self.memberships[index].to(policy.device)
-        penalty = mmd_squared(rewards, memberships, self.args.mmd_bandwidth, self.args.mmd_estimator)
-        debiased = mmd_squared(rewards.detach(), memberships, self.args.mmd_bandwidth, "debiased")
+        bandwidth = self.args.mmd_bandwidth or median_bandwidth(rewards).clamp_min(self.args.mmd_min_bandwidth)
+        penalty = mmd_squared(rewards, memberships, bandwidth, self.args.mmd_estimator)
+        debiased = mmd_squared(rewards.detach(), memberships, bandwidth, "debiased")
         # lambda = 0 keeps the penalty in the log and out of the graph: the gradient is then exactly the loss's own.
         loss = preference + self.args.mmd_weight * penalty if self.args.mmd_weight else preference
         self.record(

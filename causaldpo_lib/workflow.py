@@ -112,8 +112,10 @@ def publish(study: Study) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in [*target.glob("*.csv"), *target.glob("*.png")]:
         path.unlink()
+    ends = tuple(setting.name for setting in study.settings)  # figures of a setting that has been removed stay behind
     for path in sorted([*study.folder.glob("*.csv"), *study.folder.glob("*.png")]):
-        shutil.copyfile(path, target / path.name)
+        if path.stem in TABLES or path.stem.endswith(ends):
+            shutil.copyfile(path, target / path.name)
     print(f"copied tables and figures to {shown(target)}")
     page = ROOT / "README.md"
     page.write_text(readme.filled(page.read_text(encoding="utf-8"), FIGURES), encoding="utf-8")

@@ -70,7 +70,7 @@ def test_prompts_lose_their_oldest_titles_first(tiny, items):
     whole = encode_prompts(tokenizer, [prompt_text(titles)])[0]
     cut = encode_prompts(tokenizer, [prompt_text(titles)], max_tokens=len(whole) - 1)[0]
     assert cut == encode_prompts(tokenizer, [prompt_text(titles[1:])])[0]
-    with pytest.raises(StudyError, match="does not fit max_prompt_length = 3"):
+    with pytest.raises(StudyError, match="does not fit the 3 left"):
         encode_prompts(tokenizer, [prompt_text(titles)], max_tokens=3)
 
 

@@ -1,5 +1,7 @@
 """The README's generated parts say what the tracked tables say."""
 
+import re
+
 import pytest
 from fabricated import setting
 
@@ -24,3 +26,13 @@ def test_parts_are_filled_from_tables_and_unfinished_studies_left_alone(tmp_path
     assert readme.filled(found, tmp_path) == found
     with pytest.raises(StudyError, match="names no part"):
         readme.filled("<!-- some clams -->\n<!-- end -->", tmp_path)
+
+
+def test_example_titles_are_in_the_catalogue_of_the_default_study():
+    from causaldpo_lib.data import load_dataset
+    from causaldpo_lib.study import load_study
+
+    options = load_study("quick").settings[0].overrides["data"]["dataset_options"]
+    titles = set(load_dataset("simulated", **options).items["title"])
+    named = re.findall(r"recommend\([^\[]*\[([^\]]*)\]", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert named and {title.strip(' "') for title in named[0].split(",")} <= titles

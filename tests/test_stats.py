@@ -13,9 +13,8 @@ def example(seed=0, seeds=3, users=7):
     return rng.normal(size=(seeds, len(ids))), ids
 
 
-def test_statistic_under_given_draws_equals_copying_rows():
+def test_mean_under_given_draws_equals_copying_rows():
     values, ids = example()
-    other = np.random.default_rng(1).uniform(0.1, 2.0, values.shape)
     names = np.unique(ids)
     rng = np.random.default_rng(5)
     drawn_seeds = rng.integers(0, 3, (20, 3))
@@ -23,11 +22,10 @@ def test_statistic_under_given_draws_equals_copying_rows():
     expected = []
     for seeds, users in zip(drawn_seeds, drawn_users, strict=True):
         rows = np.concatenate([np.flatnonzero(ids == names[u]) for u in users])
-        expected.append(np.mean([values[s, rows].sum() / other[s, rows].sum() for s in seeds]))
-    position = np.searchsorted(names, ids)
-    found = stats.weighted_ratio(
-        stats._sums_by_user(values, position),
-        stats._sums_by_user(other, position),
+        expected.append(np.mean([values[s, rows].mean() for s in seeds]))
+    found = stats.resampled_means(
+        np.array([[row[ids == name].sum() for name in names] for row in values]),
+        np.array([(ids == name).sum() for name in names], dtype=float),
         np.stack([np.bincount(row, minlength=3) for row in drawn_seeds]),
         np.stack([np.bincount(row, minlength=len(names)) for row in drawn_users]),
     )
@@ -41,15 +39,17 @@ def test_mean_is_the_plain_mean_and_lies_inside():
     assert found.low < found.mean < found.high
 
 
-def test_interval_covers_the_truth_at_about_its_level():
+@pytest.mark.parametrize(("seeds", "between"), [(1, 0.0), (3, 0.0), (3, 0.1), (3, 0.3), (3, 1.0), (8, 0.3), (8, 1.0)])
+def test_interval_covers_the_truth_at_about_its_level(seeds, between):
+    """From no variance between seeds to ten times the users' standard error (about 0.1), three seeds included."""
     rng = np.random.default_rng(20)
-    covered, trials, users, seeds = 0, 200, 50, 8
+    covered, trials, users = 0, 300, 100
     for trial in range(trials):
-        ids = np.repeat(np.arange(users), 3)
-        values = rng.normal(0, 0.3, (seeds, 1)) + rng.normal(0, 1.0, users)[ids] + rng.normal(0, 1.0, (seeds, len(ids)))
-        found = stats.interval(values, ids, resamples=300, seed=trial)
+        ids = np.repeat(np.arange(users), 2)
+        noise = rng.normal(0, 1.0, users)[ids] + rng.normal(0, 1.0, (seeds, len(ids)))
+        found = stats.interval(rng.normal(0, between, (seeds, 1)) + noise, ids, resamples=200, seed=trial)
         covered += found.low <= 0 <= found.high
-    assert 0.88 <= covered / trials <= 0.985
+    assert 0.88 <= covered / trials <= 0.99
 
 
 def test_examples_of_a_user_stay_together():
@@ -99,11 +99,11 @@ def test_paired_is_the_interval_of_the_differences():
     assert swapped.p == found.p
 
 
-def test_p_value_is_never_zero_and_one_without_a_difference():
+def test_p_value_of_a_clear_and_of_no_difference():
     values, ids = example(users=30)
-    resamples = 500
-    assert stats.paired(values + 5, values, ids, resamples).p == pytest.approx(2 / (resamples + 1))
-    assert stats.paired(values, values, ids, resamples).p == 1.0
+    noise = np.random.default_rng(4).normal(size=values.shape)
+    assert stats.paired(values + 5 + noise, values, ids).p < 0.01
+    assert stats.paired(values, values, ids).p == 1.0
 
 
 def test_p_value_agrees_with_the_interval():
@@ -112,15 +112,14 @@ def test_p_value_agrees_with_the_interval():
     for shift in (0.0, 0.1, 0.2, 0.3, 0.5):
         values = rng.normal(shift, 1.0, (3, 60))
         found = stats.paired(values, np.zeros_like(values), ids)
-        if not 0.04 < found.p < 0.06:
-            assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
-def test_ratio_weights_users_by_their_denominator():
-    found = stats.ratio_interval([[1.0, 0.0, 2.0]], [1.0, 3.0, 4.0], [1, 2, 3])
-    assert found.mean == pytest.approx(3 / 8)
-    values, ids = example()
-    assert stats.ratio_interval(values, np.ones(len(ids)), ids) == stats.interval(values, ids)
+def test_shares_stay_between_0_and_1():
+    values = np.zeros((3, 50))
+    values[0, :2] = 1.0
+    found = stats.interval(values, np.arange(50))
+    assert found.low == 0.0 and 0.0 < found.high <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -136,11 +135,9 @@ def test_bad_values_are_refused(values, users, says):
         stats.interval(values, users)
 
 
-def test_unpaired_values_and_empty_denominators_are_refused():
+def test_unpaired_values_are_refused():
     with pytest.raises(ValueError, match="not paired"):
         stats.paired([[1.0, 2.0]], [[1.0]], [1, 2])
-    with pytest.raises(ValueError, match="positive denominator"):
-        stats.ratio_interval([[1.0, 2.0]], [1.0, 0.0], [1, 2])
 
 
 def test_holm_has_its_hand_values():

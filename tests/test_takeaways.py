@@ -149,8 +149,7 @@ def test_diagnostics_takeaway_lists_seeds_and_admits_gaps():
 
 def test_caption_names_examples_seeds_and_intervals():
     assert takeaways.caption(made_up(), "made-up") == (
-        "*made-up: OOD test 50 examples; means over 3 training seeds; whiskers: 95 % percentile bootstrap intervals "
-        "over seeds and users.*"
+        "*made-up: OOD test 50 examples; means over 3 training seeds; whiskers: 95 % intervals over seeds and users.*"
     )
 
 
