@@ -10,12 +10,18 @@ from pathlib import Path
 
 from causaldpo_lib import tables, takeaways
 from causaldpo_lib.errors import StudyError
+from causaldpo_lib.plots import SPLITS
 
 PART = re.compile(r"(<!-- (?P<study>[\w.-]+) (?P<part>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _claims(folder: Path) -> str:
-    return tables.markdown(takeaways.claim_table(tables.read(folder)))
+    """Every claim on the OOD tests, a row each, a column per setting: result and difference with its interval."""
+    rows = takeaways.claim_table(tables.read(folder))
+    rows = rows[rows["split"] == SPLITS["ood_test"]]
+    rows["cell"] = rows["result"] + ": " + rows["difference"].str.partition(", p ")[0]
+    cells = rows.pivot(index="claim", columns="setting", values="cell").reindex(rows["claim"].unique())
+    return tables.markdown(cells.fillna("").reset_index())
 
 
 def _results(folder: Path) -> str:

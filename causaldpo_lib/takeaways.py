@@ -39,6 +39,10 @@ def verdict(low: float, high: float, p: float | None = None) -> str:
     return "raised" if low > 0 else "lowered"
 
 
+def _p(value: float, equals: str = "") -> str:
+    return "< 0.001" if value < 0.001 else f"{equals}{value:.3f}"
+
+
 class Change(NamedTuple):
     """A paired difference as a row of paired.csv, with its verdict."""
 
@@ -60,7 +64,7 @@ class Change(NamedTuple):
         """The difference with its interval, signed, in points or nats, and the corrected p-value."""
         scale = metric_scale(self.metric)
         mean, low, high = (f"{scale * x:+.2f}" for x in (self.difference, self.low, self.high))
-        return f"{mean} {metric_unit(self.metric, difference=True)} [{low}, {high}], p = {self.p_holm:.3f}"
+        return f"{mean} {metric_unit(self.metric, difference=True)} [{low}, {high}], p {_p(self.p_holm, '= ')}"
 
     def sentence(self, what: str) -> str:
         """``DPO raised <what> against SFT (+3.10 points [...])``, without a full stop."""
@@ -230,8 +234,8 @@ def paired_table(tables: Tables, setting: str, split: str, metric: str) -> Frame
         {
             "comparison": f"{look(row.method).label} − {look(row.baseline).label}",
             f"difference ({metric_unit(metric, difference=True)})": cell(row._asdict(), metric, "difference"),
-            "p": f"{row.p:.3f}",
-            "p (Holm)": f"{row.p_holm:.3f}",
+            "p": _p(row.p),
+            "p (Holm)": _p(row.p_holm),
             "verdict": verdict(row.low, row.high, row.p_holm),
         }
         for row in rows.itertuples()
@@ -253,6 +257,7 @@ class Claim(NamedTuple):
 CLAIMS = (
     Claim("DPO shows the most popular items more than SFT", share_metric("mass", "G1"), "dpo", "sft", 1),
     Claim("DPO shows the least popular items less than SFT", share_metric("mass", "G5"), "dpo", "sft", -1),
+    Claim("DPO fits the targets worse than SFT", "target_logp", "dpo", "sft", -1),
     Claim(
         "CausalDPO shows the most popular items less than DPO",
         share_metric("mass", "G1"),
