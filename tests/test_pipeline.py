@@ -143,7 +143,8 @@ def test_equal_configurations_share_a_folder_and_others_do_not(results):
     assert base.parent == results / "runs" / "simulated-environment"
     assert base == folder_name("data", {**declared("data"), "run": "elsewhere"})
     assert base == folder_name("data", dict(reversed(declared("data").items())))
-    assert base == folder_name("data", resolve("data", {"dataset_options": {"users": 150.0, "items": 120}}))
+    floats = {name: float(value) for name, value in declared("data")["dataset_options"].items()}
+    assert base == folder_name("data", resolve("data", {"dataset_options": floats}))
     assert base != folder_name("data", resolve("data", {"split_seed": 1}))
 
 
