@@ -28,7 +28,12 @@ def _results(folder: Path) -> str:
     return "\n\n".join(tables.markdown_table(folder, setting) for setting in tables.settings(tables.read(folder)))
 
 
-PARTS = {"claims": _claims, "results": _results}
+def _environments(folder: Path) -> str:
+    found = tables.read(folder)
+    return "\n\n".join(takeaways.diagnostics_takeaway(found, setting) for setting in tables.settings(found))
+
+
+PARTS = {"claims": _claims, "results": _results, "environments": _environments}
 
 
 def filled(text: str, figures: Path) -> str:

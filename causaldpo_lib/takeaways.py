@@ -208,8 +208,10 @@ def diagnostics_takeaway(tables: Tables, setting: str, method: str = "causal_dpo
         f"smallest effective sample size {values('effective_sample_size', '.2f')} of the rows",
         f"agreement with the popularity of the history {values('ami_history_group', '.2f')}",
     ]
-    if "ami_true_environment" in rows and rows["ami_true_environment"].notna().any():
-        parts.append(f"agreement with the true environment {values('ami_true_environment', '.2f')}")
+    known = {"ami_history_genre": "main genre of the history", "ami_true_environment": "true environment"}
+    for column, what in known.items():
+        if column in rows and rows[column].notna().any():
+            parts.append(f"agreement with the {what} {values(column, '.2f')}")
     note = " Agreement is adjusted mutual information: 0 is chance, 1 the same partition."
     return f"**Takeaway.** {setting}, {look(method).label}, one value per seed: " + "; ".join(parts) + "." + note
 

@@ -147,6 +147,14 @@ def test_diagnostics_takeaway_lists_seeds_and_admits_gaps():
     assert "no pseudo-environments" in takeaways.diagnostics_takeaway(made_up(), "made-up", "dpo")
 
 
+def test_diagnostics_takeaway_says_what_the_environments_stand_for():
+    tables = made_up()
+    tables["diagnostics"]["ami_history_genre"] = 0.7
+    assert "agreement with the main genre of the history 0.70, 0.70" in takeaways.diagnostics_takeaway(
+        tables, "made-up"
+    )
+
+
 def test_caption_names_examples_seeds_and_intervals():
     assert takeaways.caption(made_up(), "made-up") == (
         "*made-up: OOD test 50 examples; means over 3 training seeds; whiskers: 95 % intervals over seeds and users.*"
