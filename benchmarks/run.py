@@ -13,6 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1024, help="training rows (default 1024)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each trainer, the median counts (default 3)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "bench" / "training.json", help="where the json goes")
     options = parser.parse_args()
     disable_progress_bars()
     logging.getLogger("trl").setLevel(logging.ERROR)
@@ -77,8 +79,10 @@ def main() -> None:
             "bf16": False,
             "activation_checkpointing": False,
             "dataloader_pin_memory": False,
-            "train_sampling_strategy": "group_by_length",
         }
+        by_length = {
+            "train_sampling_strategy": "group_by_length"
+        }  # as the study fine-tunes; preference batches are random
         completions = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows])
 
         def ours(weight: float) -> CausalDPOTrainer:
@@ -95,12 +99,12 @@ def main() -> None:
         cells = {
             "sft: trl SFTTrainer": lambda: SFTTrainer(
                 copy.deepcopy(model),
-                SFTConfig(completion_only_loss=True, **shared),
+                SFTConfig(completion_only_loss=True, **shared, **by_length),
                 train_dataset=completions,
                 processing_class=tokenizer,
             ),
             "sft: this library": lambda: SupervisedTrainer(
-                copy.deepcopy(model), TrainingArguments(**shared), rows, tokenizer
+                copy.deepcopy(model), TrainingArguments(**shared, **by_length), rows, tokenizer
             ),
             "dpo: trl DPOTrainer": theirs,
             "dpo: this library": lambda: ours(0.0),
@@ -122,10 +126,9 @@ def main() -> None:
         print(f"{name:32s} {options.rows / value:8.0f} rows/s")
     for name, value in ratios.items():
         print(f"{name:32s} {value:8.2f} x")
-    target = RESULTS / "bench" / "training.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"rows": options.rows, "batch": BATCH, "seconds": found, "ratios": ratios, "versions": versions()}
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
