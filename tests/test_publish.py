@@ -1,0 +1,53 @@
+"""Publishing copies what the present study names, renews the README and the notebooks, and refuses what is stale."""
+
+import pytest
+from fabricated import setting
+
+from causaldpo_lib import study as studies
+from causaldpo_lib import tables, workflow
+from causaldpo_lib.errors import StudyError
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A repository of its own with a finished study ``quick``; notebooks are noted instead of executed."""
+    for name in ("figures/quick", "notebooks", "results/quick"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("02_b", "01_a"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text("{}")
+    found = tables.collect_jobs(setting(tmp_path / "runs", "simulated-environment", truth=True))
+    for name, table in found.items():
+        table.to_csv(tmp_path / "results" / "quick" / f"{name}.csv", index=False)
+    (tmp_path / "README.md").write_text("top\n<!-- quick results -->\n<!-- end -->\nbottom\n")
+    executed = []
+    monkeypatch.setattr(studies, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(workflow, "FIGURES", tmp_path / "figures")
+    monkeypatch.setattr(workflow, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(workflow, "ROOT", tmp_path)
+    monkeypatch.setattr(workflow, "smoke_folder", lambda stage: tmp_path / "runs" / stage)
+    monkeypatch.setattr(workflow, "execute_in_place", lambda path: executed.append(path.name))
+    monkeypatch.setattr(workflow, "plan", lambda study: [])
+    return tmp_path, executed
+
+
+def test_publish_replaces_the_study_s_files_and_renews_what_quotes_them(place):
+    root, executed = place
+    for name in ("shares-mass-simulated-environment.png", "shares-mass-removed-setting.png", "tables.log.txt"):
+        (root / "results" / "quick" / name).write_text("new")
+    (root / "figures" / "quick" / "stale.png").write_text("old")
+    workflow.publish(studies.load_study("quick"))
+    copied = {path.name for path in (root / "figures" / "quick").iterdir()}
+    assert {"metrics.csv", "paired.csv", "shares.csv", "groups.csv", "diagnostics.csv"} <= copied
+    assert "shares-mass-simulated-environment.png" in copied
+    assert not copied & {"stale.png", "shares-mass-removed-setting.png", "tables.log.txt"}
+    assert "**simulated-environment, OOD test**" in (root / "README.md").read_text()
+    assert executed == ["01_a.ipynb", "02_b.ipynb"]
+
+
+def test_a_stale_study_is_refused_and_nothing_touched(place, monkeypatch):
+    root, executed = place
+    (root / "figures" / "quick" / "kept.png").write_text("old")
+    monkeypatch.setattr(workflow, "plan", lambda study: [workflow.Step("rank dpo seed 1", "its result is missing")])
+    with pytest.raises(StudyError, match=r"quick is not up to date .*: run `make study STUDY=quick`"):
+        workflow.publish(studies.load_study("quick"))
+    assert (root / "figures" / "quick" / "kept.png").exists() and not executed
