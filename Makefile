@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(PYTHON) -c "$$CHECK_PYTHON" && $(PYTHON) -m venv --clear .venv; \
 	fi
 	@echo "Installing the pinned packages into .venv: some minutes the first time ..."
-	@$(RUN) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,pipeline]'
+	@$(RUN) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,pipeline,embedding]'
 	@touch $@
 
 study: $(STAMP) ## run a study end to end, or what is missing of it (STUDY=ml-100k, CORES=4)
