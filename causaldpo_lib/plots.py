@@ -60,13 +60,25 @@ OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods adde
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
 SPLITS = {"validation": "validation", "iid_test": "IID test", "ood_test": "OOD test"}
 SPLIT_COLOURS = {"train": "#6E6E6E", "validation": "#E69F00", "iid_test": "#56B4E9", "ood_test": "#D55E00"}
-METRICS = {"target_logp": "log-probability of the target", "causal_NDCG@10": "causal NDCG@10"}
+METRICS = {
+    "target_logp": "log-probability of the target",
+    "causal_NDCG@10": "causal NDCG@10",
+    "causal_KL": "KL error against the interventional preference",
+    "popularity_lift@10": "popularity lift@10",
+}
+NATS = ("target_logp", "causal_KL")
 POINTS = {
     "environment": "inferred environment",
     "true_environment": "true environment",
     "group": "popularity of the history",
 }
-GROUPINGS = {"mass": "groups of equal training mass", "items": "groups of equally many items"}
+GROUPINGS = {
+    "mass": "groups of equal training mass",
+    "items": "groups of equally many items",
+    "environment": "true environments",
+    "count": "periods of equally many examples",
+    "length": "periods of equal length",
+}
 
 
 @lru_cache
@@ -84,15 +96,17 @@ def metric_name(metric: str) -> str:
 
 
 def metric_unit(metric: str, difference: bool = False) -> str:
-    """The unit of a metric's shown values: nats, percent, or percentage points of a difference."""
-    if metric == "target_logp":
+    """The unit of a metric's shown values: nats, percent, percentage points of a difference, or none."""
+    if metric in NATS:
         return "nats"
+    if metric == "Gini@10":
+        return ""
     return "points" if difference else "%"
 
 
 def metric_scale(metric: str) -> float:
-    """The factor from a table's number to the shown one: percent for fractions, 1 for log-probabilities."""
-    return 1.0 if metric == "target_logp" else 100.0
+    """The factor from a table's number to the shown one: percent for fractions, 1 for what has another unit."""
+    return 1.0 if metric in (*NATS, "Gini@10") else 100.0
 
 
 def use_style() -> None:
@@ -314,6 +328,61 @@ def _name_rows(ax: Axes, names: list[str]) -> None:
     ax.grid(axis="y", visible=False)
 
 
+def identity_band(ax: Axes, rows: pd.DataFrame, bounds: str) -> Axes:
+    """What an average hit counts in printed rows, inside the band that arithmetic and rounding allow.
+
+    Columns (``audit.identities``, one identity): x (hit rate, %), y (NDCG, %), low, high (allowed y), holds.
+    ``bounds``: the label of the band. Rows inside are dots, rows outside crosses.
+    """
+    ordered = rows.sort_values("x")
+    x = ordered["x"].to_numpy(float)
+    band = [ordered[side] / x for side in ("low", "high")]
+    ax.fill_between(x, *band, color="#56B4E9", alpha=0.3, lw=0, label=bounds)
+    for holds, colour, marker, label in ((True, "#6E6E6E", "o", "possible"), (False, "#D55E00", "X", "not possible")):
+        part = rows[rows["holds"] == holds]
+        ax.plot(part["x"], part["y"] / part["x"], marker, color=colour, ms=5, alpha=0.85, label=f"{label} as printed")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
+    return ax
+
+
+def granularity_scan(ax: Axes, scan: pd.DataFrame, best: int) -> Axes:
+    """How many printed hit rates are whole hits, by supposed number of test examples, beside what chance gives.
+
+    Columns (``audit.granularity``): examples, fits, chance. The best-fitting number is marked.
+    """
+    ax.step(scan["examples"], scan["fits"], where="mid", color="#0072B2", lw=0.8, label="figures that are whole hits")
+    ax.plot(scan["examples"], scan["chance"], color="black", ls=(0, (3, 1.5)), label="expected by chance")
+    row = scan[scan["examples"] == best]
+    ax.plot(row["examples"], row["fits"], "D", color="#D55E00", label="largest excess")
+    ax.annotate(f"{best:,}", (best, row["fits"].iloc[0]), xytext=(5, 3), textcoords="offset points")
+    ax.set_xlabel("supposed number of test examples")
+    _label_y(ax, "fitting figures")
+    return ax
+
+
+def paper_and_replication(ax: Axes, rows: pd.DataFrame) -> Axes:
+    """Relative differences (% of the baseline) of the paper and of this study: a row per comparison and metric.
+
+    Columns (``audit.side_by_side``, one setting): metric, method, baseline, paper, difference, low, high.
+    """
+    rows = rows.reset_index(drop=True)
+    ax.axvline(0, color="black", lw=0.9)
+    whiskers = _whiskers(rows, "difference")
+    for position, row in rows.iterrows():
+        style = look(row["method"])
+        reach = whiskers[:, position : position + 1]
+        ax.errorbar(row["difference"], position, xerr=reach, fmt="o", color=style.colour)
+    ax.plot(rows["paper"], rows.index, "*", ms=9, mfc="white", mec="black", label="paper, no interval printed")
+    ax.plot([], [], "o", color="#444444", label="this study, 95 % interval")
+    names = [f"{look(r.method).label} − {look(r.baseline).label}, {r.metric}" for r in rows.itertuples()]
+    _name_rows(ax, names)
+    ax.set_xlabel("difference (% of the baseline's value)")
+    return ax
+
+
 def umap_points(ax: Axes, points: pd.DataFrame, by: str) -> Axes:
     """Scatter of projected prompt states coloured by ``by``; axes have no unit, only neighbourhoods count.
 
@@ -398,3 +467,58 @@ def hit_rate_curve(ax: Axes, curve: pd.DataFrame, floor: np.ndarray) -> Axes:
     ax.set_xlabel("length of the list (items)")
     _label_y(ax, "hit rate (%)")
     return ax
+
+
+# --- The study of data alone (notebook 09) ---
+
+
+def split_numbers(ax: Axes, table: pd.DataFrame, column: str, label: str, scale: float = 1.0) -> Axes:
+    """One number of the splits as points, a row per setting in the table's order: training, IID test and OOD test.
+
+    Columns: setting, split and ``column``, shown times ``scale``. The numbers are of whole splits: no interval.
+    """
+    settings = list(dict.fromkeys(table["setting"]))
+    # The IID test is hollow and on top, so that it shows where both tests are one point.
+    for split, marker, size in (("train", "|", 8), ("ood_test", "D", 4.5), ("iid_test", "o", 7)):
+        rows = table[table["split"] == split]
+        y = rows["setting"].map(settings.index)
+        face = "none" if split == "iid_test" else SPLIT_COLOURS[split]
+        style = {"color": SPLIT_COLOURS[split], "mfc": face, "ms": size, "mew": 1.4}
+        ax.plot(scale * rows[column], y, marker, label=SPLITS.get(split, "training"), **style)
+    _name_rows(ax, settings)
+    ax.grid(axis="y", visible=True)  # leads the eye to the setting's name
+    ax.set_xlabel(label)
+    return ax
+
+
+def setting_histograms(histograms: pd.DataFrame, quantity: str, label: str) -> Figure:
+    """Small multiples of `split_histograms`: a column per dataset, a row per setting without its dataset's name.
+
+    Columns: setting, dataset, shift, quantity, split, left, right, share. Validation, which is drawn as
+    training is, is left out.
+    """
+    rows = histograms[(histograms["quantity"] == quantity) & (histograms["split"] != "validation")]
+    names = zip(rows["setting"], rows["dataset"], strict=True)
+    rows = rows.assign(kind=[setting.removeprefix(f"{dataset}-") for setting, dataset in names])
+    datasets, shifts = (list(dict.fromkeys(rows[name])) for name in ("dataset", "shift"))
+    kinds = [kind for shift in shifts for kind in dict.fromkeys(rows.loc[rows["shift"] == shift, "kind"])]
+    fig, axes = panels(len(datasets), len(kinds), height=1.15, sharex="col")
+    for column, dataset in enumerate(datasets):
+        mine = rows[rows["dataset"] == dataset]
+        last = max(kinds.index(kind) for kind in mine["kind"])
+        for place, (ax, kind) in enumerate(zip(axes[:, column], kinds, strict=True)):
+            found = mine[mine["kind"] == kind]
+            if found.empty:
+                ax.set_axis_off()
+                continue
+            split_histograms(ax, found, "", dates=quantity == "time", log=quantity == "popularity")
+            if quantity == "popularity":
+                ax.xaxis.set_major_locator(LogLocator())  # decades only: a panel is narrow
+            ax.tick_params(labelsize=7, labelbottom=place == last)
+            ax.xaxis.get_offset_text().set_fontsize(7)
+            ax.set_xlabel(label if place == last else "", fontsize=8)
+            ax.set_ylabel("")
+            ax.set_title(f"{dataset}\n{kind}", fontsize=8)
+    fig.supylabel("share of the split (%)", fontsize=9)
+    legend_below(fig)
+    return fig

@@ -1,4 +1,4 @@
-"""Uncertainty: hierarchical bootstrap over training seeds and users, paired differences, Holm's correction.
+"""Uncertainty: hierarchical bootstrap over seeds and users, paired differences, equivalence, Holm's correction.
 
 One resample draws S seeds from the S trained models and U users from the U test users, both with replacement,
 each user with all of their examples, and recomputes the statistic: the independent unit is the user, not an
@@ -14,6 +14,9 @@ ten times as much as the users' standard error, nominal 95 % covered 74 %. Inter
 V_boot the variance of the resamples, V_seed = s^2 / S with s^2 the variance of the seeds' means, and nu
 Satterthwaite's degrees of freedom: close to the bootstrap where users dominate, to Student's t over the seeds
 where seeds do. In the same simulations they cover at least 90 %. More seeds, not more resamples, make them shorter.
+
+A slope over ordered groups (G1 ... G5, T1 ... T5) is a weighted sum of the groups' means. Its resamples draw users
+once for all groups, since a user has examples in several, and it is judged by the same formula.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binomtest
 from scipy.stats import t as student
 
 FloatArray = NDArray[np.float64]
@@ -80,27 +84,60 @@ class _Estimate(NamedTuple):
     freedom: float  # degrees of freedom
 
 
-def _estimate(values: FloatArray, users: ArrayLike, resamples: int, seed: int) -> _Estimate:
-    """The mean of values (S, N), its standard error and degrees of freedom: the formulas in the module's docstring."""
-    ids = np.asarray(users)
-    if values.ndim != 2 or values.size == 0:
-        raise ValueError(f"values must be a non-empty table of seeds x examples, got shape {values.shape}")
-    if ids.shape != values.shape[1:]:
-        raise ValueError(f"{values.shape[1]} examples but users of shape {ids.shape}")
-    if np.isnan(values).any():
+def _checked(values: ArrayLike, users: ArrayLike) -> tuple[FloatArray, NDArray[np.int64]]:
+    """values as a table (S, N) of seeds x examples, and each example's user as a number 0 ... U-1."""
+    table, ids = np.atleast_2d(np.asarray(values, dtype=np.float64)), np.asarray(users)
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"values must be a non-empty table of seeds x examples, got shape {table.shape}")
+    if ids.shape != table.shape[1:]:
+        raise ValueError(f"{table.shape[1]} examples but users of shape {ids.shape}")
+    if np.isnan(table).any():
         raise ValueError("values contain NaN")
-    _, position = np.unique(ids, return_inverse=True)
-    sizes = np.bincount(position).astype(float)
-    sums = np.stack([np.bincount(position, weights=row) for row in values])
-    seeds, count = sums.shape
+    return table, np.unique(ids, return_inverse=True)[1]
+
+
+def _estimate(table: FloatArray, user: NDArray[np.int64], resamples: int, seed: int) -> _Estimate:
+    """The mean of values (S, N), its standard error and degrees of freedom: the formulas in the module's docstring."""
+    return _contrast(table, user, np.zeros(table.shape[1], dtype=np.int64), np.ones(1), resamples, seed)
+
+
+def _contrast(
+    table: FloatArray,
+    user: NDArray[np.int64],
+    group: NDArray[np.int64],
+    weights: FloatArray,
+    resamples: int,
+    seed: int,
+) -> _Estimate:
+    """The same of sum_g weights_g mean_g, mean_g over the examples of group g; every group has examples."""
+    seeds, count = len(table), int(user.max()) + 1
     seed_counts = draw_counts(seeds, resamples, seed + 1)  # its own stream, in case S = U
     user_counts = draw_counts(count, resamples, seed)
-    within = float(resampled_means(sums, sizes, seed_counts, user_counts).var())
-    between = float(values.mean(axis=1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    per_seed, resampled, freedom = np.zeros(seeds), np.zeros(resamples), count
+    for index, weight in enumerate(weights):
+        chosen = group == index
+        sizes = np.bincount(user[chosen], minlength=count).astype(float)
+        sums = np.stack([np.bincount(user[chosen], weights=row[chosen], minlength=count) for row in table])
+        per_seed += weight * table[:, chosen].mean(axis=1)
+        with np.errstate(invalid="ignore"):  # a resample without any user of a small group has no mean there
+            resampled += weight * resampled_means(sums, sizes, seed_counts, user_counts)
+        freedom = min(freedom, int((sizes > 0).sum()))
+    within = float(resampled[np.isfinite(resampled)].var())
+    between = float(per_seed.var(ddof=1)) / seeds if seeds > 1 else 0.0
     total = within + between / seeds
     rest = max(total - between, 0.0)
-    doubt = (between**2 / (seeds - 1) if seeds > 1 else 0.0) + (rest**2 / (count - 1) if count > 1 else 0.0)
-    return _Estimate(float(values.mean()), total**0.5, total**2 / doubt if doubt else np.inf)
+    doubt = (between**2 / (seeds - 1) if seeds > 1 else 0.0) + (rest**2 / (freedom - 1) if freedom > 1 else 0.0)
+    return _Estimate(float(per_seed.mean()), total**0.5, total**2 / doubt if doubt else np.inf)
+
+
+def _reach(found: _Estimate) -> float:
+    return float(student.ppf((1 + LEVEL) / 2, found.freedom) * found.error)
+
+
+def _two_sided(found: _Estimate) -> float:
+    if found.error == 0:
+        return float(found.mean == 0)
+    return float(2 * student.sf(abs(found.mean) / found.error, found.freedom))
 
 
 def interval(values: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -113,11 +150,32 @@ def interval(values: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, se
     Raises:  ValueError on NaN, no example, or mismatched lengths.
     Checked: tests/test_stats.py, by coverage on simulated data and by row-copying loops.
     """
-    table = np.atleast_2d(np.asarray(values, dtype=np.float64))
-    found = _estimate(table, users, resamples, seed)
-    reach = student.ppf((1 + LEVEL) / 2, found.freedom) * found.error
+    table, user = _checked(values, users)
+    return _interval(table, _estimate(table, user, resamples, seed))
+
+
+def _interval(table: FloatArray, found: _Estimate) -> Interval:
+    reach = _reach(found)
     low, high = max(found.mean - reach, table.min()), min(found.mean + reach, table.max())
     return Interval(found.mean, float(low), float(high))
+
+
+def seed_interval(values: ArrayLike) -> Interval:
+    """Mean over training seeds with a 95 % Student interval; for what a set of lists has as a whole, such as coverage.
+
+    Resampling users would be wrong there: a resample repeats lists, so that it shows fewer different items than the
+    data do. With one seed there is no interval: low and high are NaN.
+
+    Shapes:  values (S,).
+    Raises:  ValueError on NaN or no value.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or numbers.size == 0 or np.isnan(numbers).any():
+        raise ValueError("values must be one number per seed, without NaN")
+    if numbers.size == 1:
+        return Interval(float(numbers[0]), np.nan, np.nan)
+    found = _Estimate(float(numbers.mean()), float(numbers.std(ddof=1)) / numbers.size**0.5, numbers.size - 1)
+    return Interval(found.mean, found.mean - _reach(found), found.mean + _reach(found))
 
 
 def paired(
@@ -130,16 +188,107 @@ def paired(
     Shapes:  values, baseline (S, N) with the same seeds and examples in the same order; users (N,).
     Raises:  ValueError if the shapes differ, and as in ``interval``.
     """
+    difference, user = _checked(_difference(values, baseline), users)
+    found = _estimate(difference, user, resamples, seed)
+    return Difference(*_interval(difference, found), _two_sided(found))
+
+
+def _difference(values: ArrayLike, baseline: ArrayLike) -> FloatArray:
     left, right = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
     if left.shape != right.shape:
         raise ValueError(f"not paired: shapes {left.shape} and {right.shape} differ")
-    difference = np.atleast_2d(left - right)
-    found = _estimate(difference, users, resamples, seed)
-    if found.error == 0:
-        p = float(found.mean == 0)
-    else:
-        p = float(2 * student.sf(abs(found.mean) / found.error, found.freedom))
-    return Difference(*interval(difference, users, resamples, seed), p)
+    return left - right
+
+
+def slope(
+    values: ArrayLike, positions: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Difference:
+    """The least-squares slope of the groups' means against their position, its 95 % interval, and p for no slope.
+
+        slope = sum_g (g - mean g) mean_g / sum_g (g - mean g)^2,   over the positions g that have examples
+
+    Every group counts once, however many examples it has: the slope is that of the drawn curve. The slope of
+    ``values - baseline`` is the paired difference of two slopes.
+
+    Shapes:  values (S, N) or (N,); positions (N,) whole numbers, such as 0 for G1 ... 4 for G5; users (N,).
+             The unit is the values' per step.
+    Raises:  ValueError if fewer than two positions have examples, and as in ``interval``.
+    Checked: tests/test_stats.py, against numpy.polyfit, by coverage, and against copied rows.
+    """
+    table, user = _checked(values, users)
+    present, group = np.unique(np.asarray(positions), return_inverse=True)
+    if group.shape != user.shape or len(present) < 2:
+        raise ValueError(f"a slope needs a position for each example, and two at least: {len(present)} found")
+    centred = present - present.mean()
+    found = _contrast(table, user, group, centred / (centred @ centred), resamples, seed)
+    return Difference(found.mean, found.mean - _reach(found), found.mean + _reach(found), _two_sided(found))
+
+
+def equivalence(
+    values: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    users: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> float:
+    """p of two one-sided tests that the mean of ``values`` lies between those of ``lower`` and ``upper``.
+
+    The larger p of mean(values - lower) <= 0 and of mean(values - upper) >= 0: small only where both are refuted.
+    With lower = (1 - m) baseline and upper = (1 + m) baseline the ratio of the means is tested against 1 +- m, and
+    the uncertainty of the baseline is in it.
+
+    Source:  Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987; for the ratio Sasabuchi, Biometrika 67, 1980.
+    Shapes:  values, lower, upper (S, N), paired by seed and example; users (N,).
+    Raises:  ValueError as in ``paired``.
+    Checked: tests/test_stats.py, by its error rate at the margin, and against the interval.
+    """
+    tests = []
+    for left, right in ((values, lower), (upper, values)):
+        found = _estimate(*_checked(_difference(left, right), users), resamples, seed)
+        if found.error == 0:
+            tests.append(float(found.mean <= 0))
+        else:
+            tests.append(float(student.sf(found.mean / found.error, found.freedom)))
+    return max(tests)
+
+
+def outcome(p: float, p_equivalent: float, level: float = 1 - LEVEL) -> str:
+    """``equivalent``, ``different`` or ``undecided``, from the (corrected) p-values of both questions.
+
+    A difference that is detected and yet shown to be smaller than the margin is ``equivalent``: the margin was chosen
+    as the size below which a difference does not matter.
+    """
+    if p_equivalent <= level:
+        return "equivalent"
+    return "different" if p <= level else "undecided"
+
+
+def mcnemar(hits: ArrayLike, baseline: ArrayLike) -> float:
+    """Exact two-sided p of: the one alone hits as many examples as the other alone. A check beside ``paired``.
+
+    It takes examples for independent and seeds as given, so it is no substitute. Several seeds share their examples;
+    twice the median of their p-values holds under any dependence between them.
+
+    Source:  McNemar, Psychometrika 12, 1947, exact binomial form; Vovk and Wang, Biometrika 107, 2020, for the median.
+    Shapes:  hits, baseline (S, N) or (N,), 0 or 1.
+    Raises:  ValueError if the shapes differ or a value is neither 0 nor 1.
+    Checked: tests/test_stats.py, against a hand value and enumeration.
+    """
+    difference = np.atleast_2d(_difference(hits, baseline))
+    if not np.isin(np.asarray(hits, dtype=np.float64), (0, 1)).all() or not np.isin(difference, (-1, 0, 1)).all():
+        raise ValueError("hits are 0 or 1")
+    p = [
+        float(binomtest(int((row > 0).sum()), int((row != 0).sum())).pvalue) if row.any() else 1.0 for row in difference
+    ]
+    return p[0] if len(p) == 1 else min(1.0, 2 * float(np.median(p)))
+
+
+def one_hit(examples: int) -> float:
+    """By how much one hit more changes a hit rate over ``examples`` examples: a fraction."""
+    if examples < 1:
+        raise ValueError(f"a hit rate needs an example, got {examples}")
+    return 1.0 / examples
 
 
 def holm(p: ArrayLike) -> FloatArray:

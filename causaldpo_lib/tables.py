@@ -4,15 +4,22 @@
 writes them to ``results/<study>/`` as csv. Everything shown anywhere is made from these files:
 
     metrics.csv      setting, split, method, metric, mean, low, high, seeds, examples
-    paired.csv       setting, split, metric, method, baseline, difference, low, high, p, p_holm
+    paired.csv       setting, split, metric, method, baseline, difference, low, high, p, p_holm,
+                     margin, p_equivalent, p_equivalent_holm (not of slopes), p_mcnemar (hit rates)
     shares.csv       setting, split, grouping, group, method, share, low, high
     groups.csv       setting, split, grouping, group, method, mean, low, high, examples
+    slopes.csv       setting, split, grouping, metric, method, slope, low, high, groups
+    times.csv        setting, split, grouping, group, metric, method, mean, low, high, examples
+    validation.csv   as metrics.csv, of the validation split: for selection only
     diagnostics.csv  setting, method, seed, seconds, coverage and Gini of the lists, scalars of the training run
     points-<setting>.csv  the environments stage's map of prompt states
 
 Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 %, over training
 seeds and users together (``stats``); floors have no seeds, so theirs is over users
-only. A Holm family is one metric in one split of one setting, with all its method-baseline comparisons.
+only, and what a set of lists has as a whole (``evaluation.LIST_METRICS``) varies over seeds only.
+A Holm family is one metric in one split of one setting, with all its method-baseline comparisons.
+times.csv needs examples with a ``time``, validation.csv rankings of the validation split; without, they are empty. The
+metric ``causal_KL`` needs predictions with a column ``catalogue_logps``, a list in the order of items.parquet.
 """
 
 from __future__ import annotations
@@ -26,17 +33,40 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from causaldpo_lib import metrics
+from causaldpo_lib import metrics, stats
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.evaluation import ENDS, K, Panel, group_rows, metric_rows, paired_rows, share_rows
+from causaldpo_lib.evaluation import (
+    ENDS,
+    KL,
+    LIFT,
+    LIST_METRICS,
+    SELECTION,
+    K,
+    Panel,
+    group_rows,
+    metric_rows,
+    paired_rows,
+    share_rows,
+    slope_rows,
+    time_rows,
+)
+from causaldpo_lib.evaluation import select as select_by_rule
 from causaldpo_lib.paths import NOTEBOOKS, RESULTS, from_root
 from causaldpo_lib.pipeline import load_run
-from causaldpo_lib.plots import SPLITS, look, metric_scale
+from causaldpo_lib.plots import GROUPINGS, SPLITS, look, metric_name, metric_scale, metric_unit
 from causaldpo_lib.records import shown
 
 MAIN_METRICS = ("target_logp", f"causal_NDCG@{K}", "HR@10", "NDCG@10")
 TEST_SPLITS = ("iid_test", "ood_test")
+VALIDATION = ("validation",)
 TABLES = ("metrics", "paired", "shares", "groups", "diagnostics")
+# Tables that studies of an earlier version lack, and that can be without rows; their columns, for those cases.
+LATER = {
+    "slopes": ["setting", "split", "grouping", "metric", "method", "slope", "low", "high", "groups"],
+    "times": ["setting", "split", "grouping", "group", "metric", "method", "mean", "low", "high", "examples"],
+    "validation": ["setting", "split", "method", "metric", "mean", "low", "high", "seeds", "examples"],
+}
+LISTS = (*LIST_METRICS, LIFT)  # what the lists are like, shown apart from how accurate they are
 
 Frame = pd.DataFrame
 Tables = Mapping[str, Frame]
@@ -58,7 +88,7 @@ def collect(study: Any) -> dict[str, Frame]:
 
 def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
     """As ``collect``, from the jobs themselves: objects with stage, setting, method, seed and folder."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in TABLES}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TABLES, *LATER)}
     points: dict[str, Frame] = {}
     for setting in dict.fromkeys(job.setting for job in jobs):
         mine = [job for job in jobs if job.setting == setting]
@@ -68,16 +98,22 @@ def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
             rows["paired"] += paired_rows(panel)
             rows["shares"] += share_rows(panel)
             rows["groups"] += group_rows(panel)
+            rows["slopes"] += slope_rows(panel)
+            rows["times"] += time_rows(panel)
+        for panel in read_panels(setting, mine, VALIDATION):
+            rows["validation"] += metric_rows(panel)
         rows["diagnostics"] += diagnostic_rows(setting, mine, panels)
         for job in (job for job in mine if job.stage == "environments"):
             points.setdefault(f"points-{setting}", pd.read_csv(_file(job, "points.csv")))
     if not rows["metrics"]:
         raise StudyError("the study has no ranking run: there is nothing to put into tables")
-    return {**{name: pd.DataFrame(content) for name, content in rows.items()}, **points}
+    return {**{name: pd.DataFrame(content, columns=LATER.get(name)) for name, content in rows.items()}, **points}
 
 
-def read_panels(setting: str, jobs: Sequence[Any]) -> list[Panel]:
-    """The test splits of one setting, with the predictions of all its rank runs aligned by example.
+def read_panels(setting: str, jobs: Sequence[Any], splits: Sequence[str] = TEST_SPLITS) -> list[Panel]:
+    """Splits of one setting, with the predictions of all its rank runs aligned by example.
+
+    The validation split is there only if all runs ranked it.
 
     Raises:
         StudyError: as in ``collect``; or methods that were trained with different seeds, which cannot be
@@ -100,9 +136,12 @@ def read_panels(setting: str, jobs: Sequence[Any]) -> list[Panel]:
     if len({tuple(found) for found in seeds.values()}) > 1:
         raise StudyError(f"{setting}: the methods were trained with different seeds ({seeds}): give all the same seeds")
     panels = []
-    for split in TEST_SPLITS:
+    for split in splits:
         rows = examples[examples["split"] == split].sort_values("example")
-        if rows.empty:
+        if rows.empty or (
+            split in VALIDATION
+            and not all((part["split"] == split).any() for by_seed in runs.values() for _, part in by_seed.values())
+        ):
             continue
         aligned = {m: [_align(*runs[m][seed], split, rows) for seed in seeds[m]] for m in runs}
         panels.append(
@@ -122,9 +161,30 @@ def read_panels(setting: str, jobs: Sequence[Any]) -> list[Panel]:
                 preferences=None
                 if preferences is None
                 else preferences.loc[rows["user"], items["item"]].fillna(0.0).to_numpy(),
+                catalogue_logps=_catalogue_logps(aligned),
+                times=rows["time"].to_numpy(float) if "time" in rows else None,
+                environments=rows["environment"].to_numpy() if "environment" in rows else None,
+                profile_popularity=_profile_popularity(rows, items),
             )
         )
     return panels
+
+
+def _catalogue_logps(aligned: Mapping[str, Sequence[Frame]]) -> dict[str, np.ndarray] | None:
+    """Per method the log-probability of every item, (S, N, items); None unless all predictions hold it."""
+    if not all("catalogue_logps" in part for parts in aligned.values() for part in parts):
+        return None
+    return {m: np.stack([np.stack(part["catalogue_logps"].tolist()) for part in parts]) for m, parts in aligned.items()}
+
+
+def _profile_popularity(examples: Frame, items: Frame) -> np.ndarray | None:
+    """The mean training count of each example's history, (N,); None if the examples have no histories."""
+    if "history" not in examples:
+        return None
+    lengths = examples["history"].map(len).to_numpy()
+    chosen = pd.Series(np.concatenate([np.asarray(history) for history in examples["history"]]))
+    counts = chosen.map(items.set_index("item")["train_count"]).to_numpy(float)
+    return np.add.reduceat(counts, np.cumsum(lengths) - lengths) / lengths
 
 
 def _file(job: Any, name: str) -> Path:
@@ -199,14 +259,17 @@ def figures_folder(figures: str | Path, tables: Path) -> Path:
 
 
 def read(path: str | Path) -> dict[str, Frame]:
-    """The tables of a study, by file stem, as ``write`` left them.
+    """The tables of a study, by file stem, as ``write`` left them; those of ``LATER`` without rows if they are missing.
 
     Raises:
         StudyError: a table is missing or cannot be read.
     """
     folder = tables_folder(path)
-    found = {}
-    for file in [*(folder / f"{name}.csv" for name in TABLES), *sorted(folder.glob("points-*.csv"))]:
+    found: dict[str, Frame] = {}
+    later = [folder / f"{name}.csv" for name in LATER]
+    found |= {file.stem: pd.DataFrame(columns=LATER[file.stem]) for file in later}
+    files = [*(folder / f"{name}.csv" for name in TABLES), *(file for file in later if file.exists())]
+    for file in [*files, *sorted(folder.glob("points-*.csv"))]:
         try:
             found[file.stem] = pd.read_csv(file)
         except (OSError, ValueError) as error:
@@ -253,15 +316,17 @@ def main_metrics(table: Frame) -> Frame:
 
 def heading(metric: str) -> str:
     """A short column title with the unit."""
-    short = {"target_logp": "log p (nats)", f"causal_NDCG@{K}": f"causal NDCG@{K} %"}
-    return short.get(metric, f"{metric} %")
+    short = {"target_logp": "log p (nats)", KL: "causal KL (nats)"}
+    if metric in short:
+        return short[metric]
+    return f"{metric_name(metric)} {metric_unit(metric)}".rstrip()
 
 
 def cell(row: Mapping[str, Any], metric: str, value: str = "mean") -> str:
-    """A number with its interval (none where it has no width): shares with one decimal, others with two."""
-    digits = 1 if metric == "share" else 2
+    """A number with its interval (none where it has none, or no width): shares with one decimal, others with two."""
+    digits = {"share": 1, LIFT: 0, f"Gini@{K}": 3}.get(metric, 2)
     mean, low, high = (f"{metric_scale(metric) * row[name]:.{digits}f}" for name in (value, "low", "high"))
-    return mean if low == high else f"{mean} [{low}, {high}]"
+    return mean if low == high or np.isnan([row["low"], row["high"]]).any() else f"{mean} [{low}, {high}]"
 
 
 def only_cell(rows: Frame, metric: str, value: str = "mean") -> str:
@@ -273,14 +338,15 @@ def facts(tables: Tables, setting: str, split: str) -> str:
     """How many seeds and examples stand behind a panel, and what one hit is worth."""
     rows = select(tables["metrics"], setting=setting, split=split)
     count, seeds = int(rows["examples"].iloc[0]), int(rows["seeds"].max())
-    points = 100 / count
+    points = 100 * stats.one_hit(count)
     many = "s" * (seeds != 1)
     return f"{count:,} examples, {seeds} training seed{many}; one hit = {points:.3f} points of one seed's HR"
 
 
 def result_table(tables: Tables, setting: str, split: str, everything: bool = False) -> Frame:
-    """One panel as text cells: methods by the main (or all) metrics, and the shares of the groups at both ends."""
+    """One panel as text cells: methods by the main (or all) accuracies, and the shares of the groups at both ends."""
     rows = select(tables["metrics"], setting=setting, split=split)
+    rows = rows[~rows["metric"].isin(LISTS)]
     shares = select(tables["shares"], setting=setting, split=split, grouping="mass")
     names = (pd.concat([main_metrics(rows), rows]) if everything else main_metrics(rows))["metric"].unique()
     lines = []
@@ -293,6 +359,52 @@ def result_table(tables: Tables, setting: str, split: str, everything: bool = Fa
             line[f"share of {group} %"] = only_cell(share, "share", "share")
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def list_table(tables: Tables, setting: str, split: str) -> Frame:
+    """What one panel's lists are like, as text cells: methods by concentration, variety and popularity lift.
+
+    Without rows where the study's tables do not hold them.
+    """
+    rows = select(tables["metrics"], setting=setting, split=split)
+    names = [name for name in LISTS if name in set(rows["metric"])]
+    lines = []
+    for method in rows["method"].unique() if names else []:
+        cells = {heading(name): only_cell(select(rows, metric=name, method=method), name) for name in names}
+        lines.append({"method": look(method).label, **cells})
+    return pd.DataFrame(lines)
+
+
+def times_table(tables: Tables, setting: str, split: str, grouping: str = "count") -> Frame:
+    """Accuracy by period as text cells: a row per metric and method, a column per period with its examples."""
+    rows = select(tables["times"], setting=setting, split=split, grouping=grouping)
+    lines = []
+    for metric, method in rows[["metric", "method"]].drop_duplicates().itertuples(index=False):
+        line = {"metric": heading(metric), "method": look(method).label}
+        for row in select(rows, metric=metric, method=method).to_dict("records"):
+            line[f"{row['group']} ({row['examples']:,})"] = cell(row, metric) if row["examples"] else ""
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def slope_table(tables: Tables, setting: str, split: str) -> Frame:
+    """Slopes of NDCG per step G1 -> G5 and T1 -> T5 as text cells (points per step): methods by grouping."""
+    rows = select(tables["slopes"], setting=setting, split=split)
+    lines = []
+    for method in rows["method"].unique():
+        line = {"method": look(method).label}
+        for row in select(rows, method=method).to_dict("records"):
+            line[f"{row['metric']} over {GROUPINGS.get(row['grouping'], row['grouping'])}"] = cell(row, "", "slope")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def selection_text(tables: Tables, rule: str) -> str:
+    """The rule of a model selection and what it chooses, for the line above a table."""
+    rows = pd.concat([tables["validation"], tables["metrics"]], ignore_index=True)
+    chosen = select_by_rule(rows, rule)
+    names = ", ".join(f"{look(method).label} on {setting}" for setting, method in chosen.items())
+    return f"Selected by `{rule}` ({SELECTION[rule].text}): {names}."
 
 
 def diagnostics_table(tables: Tables, setting: str) -> Frame:

@@ -2,7 +2,8 @@
 
 A difference is called ``raised`` or ``lowered`` only if its 95 % interval leaves out 0 and its p-value is at
 most 0.05 after Holm's correction within its family (one metric in one split of one setting); everything else
-is ``no detectable change``, which is not a claim of equality.
+is ``no detectable change``, which is not a claim of equality. Equality is claimed where equivalence tests refute a
+difference as large as the margin (``evaluation.MARGIN``), and otherwise left ``undecided``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from causaldpo_lib.evaluation import ENDS, FLOORS, K, ndcg_metric, share_metric
+from causaldpo_lib.evaluation import ENDS, FLOORS, MARGIN, K, ndcg_metric, share_metric, slope_metric
 from causaldpo_lib.plots import GROUPINGS, SPLITS, look, metric_name, metric_scale, metric_unit
+from causaldpo_lib.stats import outcome
 from causaldpo_lib.tables import (
     TEST_SPLITS,
     Tables,
@@ -78,6 +80,27 @@ def change(tables: Tables, setting: str, split: str, metric: str, method: str, b
     """The paired difference of two methods, or None where the study has not measured it."""
     rows = select(tables["paired"], setting=setting, split=split, metric=metric, method=method, baseline=baseline)
     return Change(**{name: rows[name].iloc[0] for name in Change._fields}) if len(rows) else None
+
+
+def equivalence(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> str | None:
+    """``equivalent``, ``different`` or ``undecided`` (``stats.outcome``); None where the tables do not say."""
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric, method=method, baseline=baseline)
+    if rows.empty or "p_equivalent_holm" not in rows or rows["p_equivalent_holm"].isna().all():
+        return None
+    return outcome(rows["p_holm"].iloc[0], rows["p_equivalent_holm"].iloc[0])
+
+
+def equivalence_sentence(tables: Tables, setting: str, split: str, metric: str, what: str) -> str:
+    """What the equivalence tests say about each step of the alignment, empty where the tables do not hold them."""
+    pairs = [*ALIGNED[:2], ("causal_dpo", "shuffled")]
+    said = []
+    for method, baseline in pairs:
+        word = equivalence(tables, setting, split, metric, method, baseline)
+        detected = change(tables, setting, split, metric, method, baseline)
+        if word == "equivalent" and detected.word != "no detectable change":
+            word += " (a detected difference below the margin)"
+        said += [f"{look(method).label} and {look(baseline).label} {word}"] if word else []
+    return f"Against a margin of ±{100 * MARGIN:.1f} %, in {what}: {', '.join(said)}." if said else ""
 
 
 def _sentence(found: Change | None, what: str, method: str, baseline: str) -> str:
@@ -175,7 +198,8 @@ def results_takeaway(tables: Tables, setting: str, split: str) -> str:
         found = [(change(tables, setting, split, metric, m, b), m, b) for m, b in ALIGNED[:2]]
         sentences = [_sentence(difference, what, m, b) for difference, m, b in found]
         control = change(tables, setting, split, metric, "causal_dpo", "shuffled")
-        lines.append(" ".join([*sentences, control_sentence(control, what)]))
+        equal = equivalence_sentence(tables, setting, split, metric, what)
+        lines.append(" ".join([*sentences, control_sentence(control, what), equal]).rstrip())
     return _takeaway(f"{setting}, {SPLITS[split]}.", lines[:1], [*lines[1:], floor_sentence(rows)])
 
 
@@ -229,19 +253,49 @@ def caption(tables: Tables, setting: str) -> str:
     )
 
 
-def paired_table(tables: Tables, setting: str, split: str, metric: str) -> Frame:
-    """The paired differences of one metric as text cells, with corrected p-values and verdicts."""
-    rows = select(tables["paired"], setting=setting, split=split, metric=metric)
-    lines = [
-        {
-            "comparison": f"{look(row.method).label} − {look(row.baseline).label}",
-            f"difference ({metric_unit(metric, difference=True)})": cell(row._asdict(), metric, "difference"),
-            "p": _p(row.p),
-            "p (Holm)": _p(row.p_holm),
-            "verdict": verdict(row.low, row.high, row.p_holm),
-        }
+def times_takeaway(tables: Tables, setting: str, split: str) -> str:
+    """Does accuracy change from the earliest to the latest fifth of the test, and does alignment change that?
+
+    In Markdown; empty where the study's examples have no time.
+    """
+    rows = select(tables["slopes"], setting=setting, split=split, grouping="count")
+    if rows.empty:
+        return ""
+    levels = [
+        f"{look(row.method).label} {verdict(row.low, row.high).replace('raised', 'rises').replace('lowered', 'falls')} "
+        f"({cell(row._asdict(), '', 'slope')} points a period)"
         for row in rows.itertuples()
     ]
+    changes = [
+        _sentence(change(tables, setting, split, slope_metric("count"), m, b), "the slope over time", m, b)
+        for m, b in ALIGNED[:2]
+    ]
+    return _takeaway(f"{setting}, {SPLITS[split]}, T1 to T5.", [f"NDCG@{K}: " + ", ".join(levels) + "."], changes)
+
+
+def paired_table(tables: Tables, setting: str, split: str, metric: str) -> Frame:
+    """The paired differences of one metric as text cells, with corrected p-values, verdicts and equivalence.
+
+    ``p (McNemar)`` stands beside hit rates, ``outcome`` where the tables hold equivalence tests.
+    """
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric)
+    unit = metric_unit(metric, difference=True)
+    lines = []
+    for row in rows.to_dict("records"):
+        line = {
+            "comparison": f"{look(row['method']).label} − {look(row['baseline']).label}",
+            f"difference ({unit})": cell(row, metric, "difference"),
+            "p": _p(row["p"]),
+            "p (Holm)": _p(row["p_holm"]),
+            "verdict": verdict(row["low"], row["high"], row["p_holm"]),
+        }
+        if not np.isnan(row.get("p_mcnemar", np.nan)):
+            line["p (McNemar)"] = _p(row["p_mcnemar"])
+        if not np.isnan(row.get("p_equivalent_holm", np.nan)):
+            line[f"margin ({unit})"] = f"±{metric_scale(metric) * row['margin']:.2f}"
+            line["p of equivalence (Holm)"] = _p(row["p_equivalent_holm"])
+            line["outcome"] = outcome(row["p_holm"], row["p_equivalent_holm"])
+        lines.append(line)
     return pd.DataFrame(lines)
 
 
@@ -300,6 +354,14 @@ CLAIMS = (
         ("ood_test",),
     ),
     Claim(
+        "CausalDPO loses less accuracy than DPO from popular to unpopular targets",
+        slope_metric("mass"),
+        "causal_dpo",
+        "dpo",
+        1,
+        ("ood_test",),
+    ),
+    Claim(
         "Inferred environments reduce popularity more than shuffled ones",
         share_metric("mass", "G1"),
         "causal_dpo",
@@ -318,7 +380,10 @@ CLAIMS = (
 
 
 def claim_table(tables: Tables) -> Frame:
-    """Every claim wherever it can be tested: reproduced, contradicted, or not detected."""
+    """Every claim wherever it can be tested: reproduced, contradicted, not detected, or, of these, equivalent.
+
+    The first two are about direction. ``equivalent``: no change is detected, and a change of the margin is refuted.
+    """
     lines = []
     for claim in CLAIMS:
         for setting in settings(tables):
@@ -329,13 +394,15 @@ def claim_table(tables: Tables) -> Frame:
                 word = "not detected"
                 if found.word != "no detectable change":
                     word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"
+                elif equivalence(tables, setting, split, *claim[1:4]) == "equivalent":
+                    word = "equivalent"
                 key = {"claim": claim.text, "setting": setting, "split": SPLITS[split]}
                 lines.append({**key, "result": word, "difference": found.size})
     return pd.DataFrame(lines, columns=["claim", "setting", "split", "result", "difference"])
 
 
 def unreproduced(tables: Tables) -> str:
-    """A Markdown list of the claims that the study contradicts or does not detect, with their intervals."""
+    """A Markdown list of the claims that the study contradicts, refutes or does not detect, with their intervals."""
     rows = claim_table(tables)
     missing = rows[rows["result"] != "reproduced"]
     count = f"{len(rows) - len(missing)} of {len(rows)} tested statements are reproduced."

@@ -42,24 +42,40 @@ def catalogue(rng: np.random.Generator, size: int) -> pd.DataFrame:
 
 
 def setting(
-    root: Path, name: str, seeds=(1, 2, 3), methods=tuple(POPULARITY_WEIGHT), truth=False, examples=120, items=40
+    root: Path,
+    name: str,
+    seeds=(1, 2, 3),
+    methods=tuple(POPULARITY_WEIGHT),
+    truth=False,
+    examples=120,
+    items=40,
+    validation=False,
 ) -> list[SimpleNamespace]:
-    """Write all runs of one setting and return their jobs."""
+    """Write all runs of one setting and return their jobs.
+
+    With ``truth`` preferences, times and true environments are known; with ``validation`` that split is ranked too.
+    """
     rng = np.random.default_rng(sum(name.encode()))
     table = catalogue(rng, items)
     data = root / name / "data-0"
     write_run(data, "data")
     table.to_parquet(data / "items.parquet")
-    count = 2 * examples
+    splits = [*(["validation"] if validation else []), "iid_test", "ood_test"]
+    count = len(splits) * examples
     rows = pd.DataFrame(
         {
             "example": rng.permutation(count),
-            "split": np.repeat(["iid_test", "ood_test"], examples),
+            "split": np.repeat(splits, examples),
             "user": rng.integers(0, 30, count),
             "item": rng.choice(table["item"], count),
         }
     )
-    rows.to_parquet(data / "examples.parquet")
+    chance = np.random.default_rng(len(name))
+    written = rows.assign(history=[chance.choice(table["item"], 1 + n % 4).tolist() for n in range(count)])
+    if truth:
+        written["time"] = chance.integers(10**9, 10**9 + 10**6, count)
+        written["environment"] = chance.choice(["autumn", "spring", "summer", "winter"], count)
+    written.to_parquet(data / "examples.parquet")
     if truth:
         users = pd.Index(range(30), name="user")
         preferences = rng.dirichlet(np.full(items, 0.3), size=30)
@@ -88,6 +104,9 @@ def setting(
                 items=table["item"].to_numpy()[order[:, :20]].tolist(),
                 scores=(-np.arange(20.0) * np.ones((count, 1))).tolist(),
             )
+            if truth:
+                logps = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
+                predictions["catalogue_logps"] = logps.tolist()
             predictions.to_parquet(folder / "predictions.parquet")
             jobs.append(SimpleNamespace(stage="rank", setting=name, seed=seed, method=method, folder=folder))
     folder = root / name / "environments-s1-0"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import entropy
 
 from causaldpo_lib import metrics
 
@@ -148,3 +149,137 @@ def test_coverage_counts_different_items_once():
     assert metrics.coverage([[1, 2, 9], [2, 3, 8]], 10, 2) == 0.3
     with pytest.raises(ValueError, match="cannot show"):
         metrics.coverage([[1, 2]], 1, 2)
+
+
+@given(some_ranks, st.sampled_from(CUTOFFS))
+def test_mrr_equals_a_loop_and_lies_below_ndcg(ranks, k):
+    expected = sum(1 / (rank + 1) for rank in ranks if rank < k) / len(ranks)
+    assert metrics.mrr_at_k(ranks, k) == pytest.approx(expected)
+    assert metrics.mrr_at_k(ranks, k) <= metrics.ndcg_at_k(ranks, k) + 1e-12
+    assert metrics.mrr_at_k(ranks, k) >= metrics.hit_rate_at_k(ranks, k) / k - 1e-12
+
+
+@given(some_ranks)
+def test_a_longer_list_never_loses(ranks):
+    for metric in (metrics.hit_rate_at_k, metrics.ndcg_at_k, metrics.mrr_at_k):
+        values = [metric(ranks, k) for k in CUTOFFS]
+        assert values == sorted(values)
+        assert metric(ranks, 1) == pytest.approx(metrics.hit_rate_at_k(ranks, 1))
+
+
+# What a set of lists looks like
+
+LISTS = [[1, 2, 3, 9], [1, 2, 4, 9], [1, 5, 6, 9]]
+
+
+def test_or_ratio_counts_the_slots_of_the_three_most_shown_items():
+    assert metrics.or_ratio(LISTS, 3) == pytest.approx((3 + 2 + 1) / 9)
+    assert metrics.or_ratio(LISTS, 1) == 1.0
+
+
+def test_or_ratio_of_a_longer_list_starts_from_scratch():
+    """The published evaluator carries its count of slots on, so that the same three items count half at 2 k."""
+    same = np.tile(np.arange(20), (7, 1))
+    assert metrics.or_ratio(same, 10) == pytest.approx(3 / 10)
+    assert metrics.or_ratio(same, 20) == pytest.approx(3 / 20)
+    assert metrics.or_ratio(np.zeros((7, 20)), 20) == 1.0
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_ratios_equal_loops_and_know_their_limits(seed, k):
+    lists = np.stack([np.random.default_rng(seed + row).permutation(9)[:6] for row in range(4)])
+    counts: dict[int, int] = {}
+    for row in lists.tolist():
+        for item in row[:k]:
+            counts[item] = counts.get(item, 0) + 1
+    assert metrics.or_ratio(lists, k) == pytest.approx(sum(sorted(counts.values())[-3:]) / (4 * k))
+    assert metrics.div_ratio(lists, k) == pytest.approx(len(counts) / (4 * k))
+    assert metrics.coverage(lists, 9, k) * 9 == pytest.approx(metrics.div_ratio(lists, k) * 4 * k)
+    assert min(3, len(counts)) / len(counts) - 1e-12 <= metrics.or_ratio(lists, k) <= 1
+
+
+@pytest.mark.parametrize("function", [metrics.or_ratio, metrics.div_ratio])
+def test_list_ratios_refuse_short_and_absent_lists(function):
+    with pytest.raises(ValueError, match="at least k = 3"):
+        function([[1, 2]], 3)
+    with pytest.raises(ValueError, match="at least k = 1"):
+        function(np.empty((0, 2)), 1)
+
+
+def test_popularity_lift_of_hand_worked_lists():
+    shown = [[40, 20, 1000], [10, 10, 0]]
+    assert metrics.popularity_lifts(shown, [10, 30], 2).tolist() == pytest.approx([0.5, -0.5])
+    assert metrics.popularity_lifts(shown, [10, 30], 3).tolist() == pytest.approx([1060 / 60 - 1, 20 / 60 - 1])
+    for profiles in ([10], [0, 0], [[10, 30]]):
+        with pytest.raises(ValueError, match="2 lists need"):
+            metrics.popularity_lifts(shown, profiles, 2)
+
+
+# Periods
+
+
+def test_periods_of_hand_worked_times():
+    times = [0, 1, 2, 3, 100]
+    assert metrics.periods(times).tolist() == ["T1", "T2", "T3", "T4", "T5"]
+    assert metrics.periods(times, "length").tolist() == ["T1", "T1", "T1", "T1", "T5"]
+    assert metrics.periods([20, 40, 60, 80, 100, 0], "length").tolist() == ["T2", "T3", "T4", "T5", "T5", "T1"]
+    assert set(metrics.periods([7, 7, 7])) == set(metrics.periods([7.5, 7.5], "length")) == {"T1"}
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=60), st.sampled_from(["count", "length"]))
+def test_periods_follow_time_and_keep_equal_times_together(times, by):
+    found = dict(zip(times, metrics.periods(times, by).tolist(), strict=True))
+    assert [found[time] for time in times] == metrics.periods(times, by).tolist()
+    ordered = [found[time] for time in sorted(found)]
+    assert ordered == sorted(ordered) and ordered[0] == "T1"
+
+
+def test_periods_by_count_are_equal_where_times_differ():
+    times = np.random.default_rng(0).permutation(103) * 86400.0
+    sizes = np.unique(metrics.periods(times), return_counts=True)[1]
+    assert len(sizes) == 5 and sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize(
+    ("times", "by", "says"),
+    [([1.0, math.nan], "count", "finite"), ([], "count", "finite"), ([1, 2], "weeks", "not by 'weeks'")],
+)
+def test_periods_refuse_what_has_no_order(times, by, says):
+    with pytest.raises(ValueError, match=says):
+        metrics.periods(times, by)
+
+
+# Eq. 3
+
+
+def test_interventional_error_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    truth, model = rng.dirichlet(np.ones(6), 5), rng.dirichlet(np.ones(6), 5)
+    truth[0, :3] = 0.0
+    expected = [entropy(p, q) for p, q in zip(truth, model, strict=True)]  # it rescales both to sum 1
+    found = metrics.interventional_kl(np.log(0.3 * model), 7 * truth)
+    assert found == pytest.approx(expected)
+    assert metrics.interventional_kl(np.log(0.3 * model), truth, renormalise=False) == pytest.approx(
+        np.array(expected) - math.log(0.3)
+    )
+
+
+@given(st.integers(0, 10_000))
+def test_interventional_error_is_zero_only_at_the_truth(seed):
+    rng = np.random.default_rng(seed)
+    truth = rng.dirichlet(np.ones(5), 3)
+    assert metrics.interventional_kl(np.log(truth), truth) == pytest.approx(np.zeros(3), abs=1e-12)
+    assert (metrics.interventional_kl(np.log(rng.permuted(truth, axis=1)), truth) >= -1e-12).all()
+
+
+def test_interventional_error_at_its_edges():
+    assert metrics.interventional_kl([[0.0, -np.inf]], [[1.0, 0.0]]).tolist() == [0.0]
+    assert metrics.interventional_kl([[-np.inf, 0.0]], [[0.5, 0.5]]).tolist() == [np.inf]
+    for logps, truth, says in (
+        ([[0.0]], [[0.5, 0.5]], "shape"),
+        ([[np.nan, 0.0]], [[0.5, 0.5]], "NaN"),
+        ([[-np.inf, -np.inf]], [[0.5, 0.5]], "whole catalogue"),
+        ([[0.0, 0.0]], [[0.0, 0.0]], "no positive preference"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            metrics.interventional_kl(logps, truth)

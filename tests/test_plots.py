@@ -16,7 +16,7 @@ from fabricated import setting
 from causaldpo_lib import plots, tables
 from causaldpo_lib.paths import NOTEBOOKS, PARAMS
 
-READING = ("06_popularity_amplification", "07_group_wise_analysis", "08_results_tables")
+READING = ("06_popularity_amplification", "07_group_wise_analysis")
 METHODS = ("sft", "dpo", "causal_dpo", "shuffled")
 
 
@@ -170,25 +170,52 @@ def code_of(notebook):
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.fixture
+def executed(study, tmp_path, monkeypatch):
+    """Run a notebook's cells on the fabricated study; its images by stem, and everything that it displayed."""
+
+    def run(notebook):
+        shown = []
+        monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+        parameters, *cells = code_of(notebook)
+        namespace: dict[str, object] = {}
+        exec(parameters, namespace)
+        assert namespace["figures"] == "" and namespace["tables"].startswith("../figures/")
+        namespace |= {"tables": str(study), "figures": str(tmp_path)}
+        for cell in cells:
+            exec(cell, namespace)
+        images = {path.stem for path in tmp_path.glob("*.png")}
+        assert images and images == {path.stem for path in tmp_path.glob("*.csv")}
+        texts = [thing.data for thing in shown if hasattr(thing, "data")]
+        assert any(text.startswith("**Takeaway.**") for text in texts)
+        assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
+        assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
+        return images, shown
+
+    return run
+
+
 @pytest.mark.parametrize("notebook", READING)
-def test_reading_notebook_draws_and_explains_every_setting(notebook, study, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
-    parameters, *cells = code_of(notebook)
-    namespace: dict[str, object] = {}
-    exec(parameters, namespace)
-    assert namespace["figures"] == "" and namespace["tables"].startswith("../figures/")
-    namespace |= {"tables": str(study), "figures": str(tmp_path)}
-    for cell in cells:
-        exec(cell, namespace)
-    images = {path.stem for path in tmp_path.glob("*.png")}
-    assert images and images == {path.stem for path in tmp_path.glob("*.csv")}
+def test_reading_notebook_draws_and_explains_every_setting(notebook, executed):
+    images, _ = executed(notebook)
     for name in ("simulated-environment", "ml-100k-popularity"):
         assert any(stem.endswith(name) for stem in images)
+
+
+def test_results_notebook_shows_outcomes_lists_slopes_and_periods(executed):
+    images, shown = executed("08_results_tables")
+    for name in ("simulated-environment", "ml-100k-popularity"):
+        assert any(stem.endswith(name) for stem in images)
+    columns = {column for thing in shown if isinstance(thing, pd.DataFrame) for column in thing}
+    assert {"outcome", "p (McNemar)", "MRR@10 %", "ORRatio@10 %", "popularity lift@10 %", "T5 (24)"} <= columns
+    assert "NDCG@10 over groups of equal training mass" in columns
     texts = [thing.data for thing in shown if hasattr(thing, "data")]
-    assert any(text.startswith("**Takeaway.**") for text in texts)
-    assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
-    assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
+    assert any("T1 to T5." in text for text in texts) and any("Against a margin of" in text for text in texts)
+
+
+def test_published_numbers_notebook_compares_the_settings_that_share_a_shift(executed):
+    images, _ = executed("10_published_numbers")
+    assert {"published-identities", "published-granularity", "published-effects-ml-100k-popularity"} == images
 
 
 def test_hit_rate_curve_draws_percentages_and_the_floor():

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from causaldpo_lib import stats
 
@@ -151,3 +152,170 @@ def test_holm_has_its_hand_values():
 def test_holm_refuses_what_is_no_probability(p):
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.holm(p)
+
+
+# Slopes
+
+
+def grouped(seed=0, seeds=3, users=40, examples=400):
+    """Values (seeds, N), positions 0 ... 4 and users, in no order."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(seeds, examples)), rng.integers(0, 5, examples), rng.integers(0, users, examples)
+
+
+def test_slope_is_that_of_the_line_through_the_groups_means():
+    values, positions, ids = grouped()
+    means = [values[:, positions == g].mean() for g in range(5)]
+    found = stats.slope(values, positions, ids)
+    assert found.mean == pytest.approx(np.polyfit(range(5), means, 1)[0])
+    assert found.low < found.mean < found.high
+    kept = positions != 2  # a group without examples leaves its position out
+    expected = np.polyfit([0, 1, 3, 4], np.delete(means, 2), 1)[0]
+    assert stats.slope(values[:, kept], positions[kept], ids[kept]).mean == pytest.approx(expected)
+
+
+def test_slope_of_differences_is_the_difference_of_slopes():
+    values, positions, ids = grouped()
+    baseline = values + positions * 0.25
+    found = stats.slope(values - baseline, positions, ids)
+    assert found.mean == pytest.approx(
+        stats.slope(values, positions, ids).mean - stats.slope(baseline, positions, ids).mean
+    )
+    assert found == pytest.approx((-0.25, -0.25, -0.25, 0.0), abs=1e-12)
+
+
+def test_slope_resamples_whole_users_over_all_groups():
+    """Each user raises all their examples, in every group alike: the means move together, the slope does not."""
+    ids = np.repeat(np.arange(50), 5)
+    positions = np.tile(np.arange(5), 50)
+    person = np.random.default_rng(1).normal(size=50)[ids][None]
+    assert stats.interval(person, ids).high > 0.05
+    assert stats.slope(person, positions, ids)[:3] == pytest.approx((0.0, 0.0, 0.0), abs=1e-12)
+
+
+@pytest.mark.parametrize(("seeds", "between", "at_most"), [(1, 0.0, 0.98), (3, 0.0, 1.0), (3, 0.1, 0.98)])
+def test_slope_covers_the_truth_at_about_its_level(seeds, between, at_most):
+    """Where the seeds' noise is all there is between them, three seeds cover more than they promise: up to 99 %."""
+    rng = np.random.default_rng(3)
+    covered, trials = 0, 150
+    for trial in range(trials):
+        _, positions, ids = grouped(trial)
+        truth = 0.1 * positions + rng.normal(0, 0.5, 40)[ids]
+        tilt = rng.normal(0, between, (seeds, 1)) * positions
+        noise = rng.normal(size=(seeds, 400))
+        found = stats.slope(truth + tilt + noise, positions, ids, resamples=200, seed=trial)
+        covered += found.low <= 0.1 <= found.high
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+    assert 0.9 <= covered / trials <= at_most
+
+
+@pytest.mark.parametrize("positions", [np.zeros(400), np.arange(3)])
+def test_slope_needs_two_groups_and_all_positions(positions):
+    values, _, ids = grouped()
+    with pytest.raises(ValueError, match="a slope needs"):
+        stats.slope(values, positions, ids)
+
+
+def test_a_group_of_one_user_may_be_missing_from_a_resample():
+    values, _, ids = grouped()
+    positions = (ids == 7).astype(int)
+    found = stats.slope(values, positions, ids)
+    assert np.isfinite(found).all() and found.low < found.mean < found.high
+
+
+# Equivalence
+
+
+def test_equivalence_is_rare_at_the_margin_and_certain_far_inside():
+    """At the margin itself at most 5 % may pass; that is what the test promises."""
+    rng = np.random.default_rng(8)
+    passed, trials = 0, 200
+    for trial in range(trials):
+        ids = np.arange(80)
+        baseline = rng.normal(1.0, 0.5, (3, 80))
+        values = baseline + 0.1 + rng.normal(0, 0.2, (3, 80)) + rng.normal(0, 0.3, 80)
+        passed += stats.equivalence(values, baseline - 0.1, baseline + 0.1, ids, resamples=200, seed=trial) <= 0.05
+    assert passed / trials <= 0.08
+    assert stats.equivalence(baseline + 0.01, baseline - 0.1, baseline + 0.1, ids) == 0.0
+    assert stats.equivalence(values - 0.1, baseline - 1, baseline + 1, ids) < 0.001
+
+
+def test_equivalence_agrees_with_an_interval_of_90_percent():
+    rng = np.random.default_rng(2)
+    ids = np.arange(60)
+    for centre in (0.0, 0.1, 0.2, 0.25, 0.3):
+        values = rng.normal(centre, 1.0, (1, 60))
+        low, high = scipy.stats.t.interval(0.9, 59, values.mean(), values.std() / 60**0.5)
+        p = stats.equivalence(values, np.full_like(values, -0.4), np.full_like(values, 0.4), ids)
+        assert abs(low + 0.4) > 0.02 and abs(high - 0.4) > 0.02  # clear of resampling noise
+        assert (p < 0.05) == (low > -0.4 and high < 0.4)
+
+
+def test_equivalence_of_a_ratio_counts_the_baselines_uncertainty():
+    ids = np.arange(400)
+    baseline = np.random.default_rng(0).random((3, 400))
+    assert stats.equivalence(1.02 * baseline, 0.9 * baseline, 1.1 * baseline, ids) < 0.001
+    assert stats.equivalence(1.2 * baseline, 0.9 * baseline, 1.1 * baseline, ids) > 0.9
+    nothing = np.zeros((3, 400))  # no hit anywhere shows nothing, least of all equality
+    assert stats.equivalence(nothing, 0.9 * nothing, 1.1 * nothing, ids) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("p", "p_equivalent", "word"),
+    [
+        (0.5, 0.01, "equivalent"),
+        (0.01, 0.01, "equivalent"),
+        (0.01, 0.5, "different"),
+        (0.5, 0.5, "undecided"),
+        (np.nan, np.nan, "undecided"),
+        (0.05, 0.06, "different"),
+        (0.06, 0.05, "equivalent"),
+    ],
+)
+def test_outcomes(p, p_equivalent, word):
+    assert stats.outcome(p, p_equivalent) == word
+
+
+# Hits
+
+
+def test_mcnemar_has_its_hand_value():
+    """8 examples hit by the one alone, 2 by the other: 2 (C(10,0) + C(10,1) + C(10,2)) / 2^10 = 112 / 1024."""
+    hits = np.array([1] * 8 + [0] * 2 + [1] * 5 + [0] * 5)
+    other = np.array([0] * 8 + [1] * 2 + [1] * 5 + [0] * 5)
+    assert stats.mcnemar(hits, other) == stats.mcnemar(other, hits) == pytest.approx(112 / 1024)
+    assert stats.mcnemar(hits, hits) == 1.0
+    assert stats.mcnemar([hits] * 3, [other] * 3) == pytest.approx(2 * 112 / 1024)
+    for bad in (np.full(20, 0.5), np.full(20, 2.0)):
+        with pytest.raises(ValueError, match="0 or 1"):
+            stats.mcnemar(bad, other)
+    with pytest.raises(ValueError, match="not paired"):
+        stats.mcnemar(hits, other[:5])
+
+
+def test_mcnemar_is_near_the_paired_test_where_its_assumptions_hold():
+    rng = np.random.default_rng(0)
+    baseline = (rng.random((1, 2000)) < 0.1).astype(float)
+    hits = np.where(rng.random((1, 2000)) < 0.03, 1 - baseline, baseline)
+    exact, bootstrap = stats.mcnemar(hits, baseline), stats.paired(hits, baseline, np.arange(2000)).p
+    assert exact < 0.01 and bootstrap < 0.01
+    assert np.log10(exact) == pytest.approx(np.log10(bootstrap), abs=1.5)
+
+
+def test_one_hit():
+    assert stats.one_hit(1000) == 0.001
+    with pytest.raises(ValueError, match="needs an example"):
+        stats.one_hit(0)
+
+
+# Sets of lists
+
+
+def test_seed_interval_is_students():
+    low, high = scipy.stats.t.interval(0.95, 2, 0.4, np.std([0.3, 0.4, 0.5], ddof=1) / 3**0.5)
+    assert stats.seed_interval([0.3, 0.4, 0.5]) == pytest.approx((0.4, low, high))
+    assert stats.seed_interval([0.4, 0.4]) == pytest.approx((0.4, 0.4, 0.4))
+    alone = stats.seed_interval([0.4])
+    assert alone.mean == 0.4 and np.isnan(alone.low) and np.isnan(alone.high)
+    with pytest.raises(ValueError, match="one number per seed"):
+        stats.seed_interval([])

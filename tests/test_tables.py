@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from fabricated import setting, write_run
 
 from causaldpo_lib import evaluation, study, tables
@@ -123,6 +125,19 @@ def test_causal_metric_equals_a_loop_and_exists_only_where_the_truth_is_known(jo
     assert tables.select(collected["metrics"], setting=NAMES[1], metric="causal_NDCG@10").empty
 
 
+def test_interventional_error_is_over_the_whole_catalogue(jobs, collected):
+    truth = pd.read_parquet(jobs[0].folder / "truth.parquet").pivot(index="user", columns="item", values="preference")
+    order = read_items(jobs, NAMES[0])["item"]
+    rows = predictions_of(jobs, NAMES[0], "sft", "ood_test")
+    errors = [scipy.stats.entropy(truth.loc[row.user, order], np.exp(row.catalogue_logps)) for row in rows.itertuples()]
+    key = {"setting": NAMES[0], "split": "ood_test", "metric": "causal_KL"}
+    assert value(collected["metrics"], method="sft", **key) == pytest.approx(np.mean(errors))
+    uniform = [math.log(40) - scipy.stats.entropy(truth.loc[user]) for user in rows["user"].iloc[:120]]
+    assert value(collected["metrics"], method="random", **key) == pytest.approx(np.mean(uniform))
+    assert tables.select(collected["metrics"], setting=NAMES[1], metric="causal_KL").empty
+    assert tables.heading("causal_KL") == "causal KL (nats)"
+
+
 def test_random_causal_floor_is_the_expectation(jobs, collected):
     truth = pd.read_parquet(jobs[0].folder / "truth.parquet").pivot(index="user", columns="item").to_numpy()
     rng = np.random.default_rng(0)
@@ -180,6 +195,145 @@ def test_a_group_without_targets_has_no_number(one_setting):
     assert evaluation.ndcg_metric("mass", "G1") not in set(found["paired"]["metric"])
 
 
+def test_random_lists_are_as_varied_as_random_lists_are(collected):
+    """120 uniform lists of 10 show each of 40 items 30 times, give or take."""
+    key = {"setting": NAMES[1], "split": "ood_test", "method": "random"}
+    found = {name: value(collected["metrics"], metric=name, **key) for name in evaluation.LIST_METRICS}
+    assert found["coverage@10"] == 1.0 and found["DivRatio@10"] == pytest.approx(40 / 1200)
+    assert 3 / 40 < found["ORRatio@10"] < 0.12 and found["Gini@10"] < 0.15
+
+
+def test_popular_lists_are_the_same_for_everybody(collected):
+    key = {"setting": NAMES[1], "split": "ood_test", "method": "popular"}
+    found = {name: value(collected["metrics"], metric=name, **key) for name in evaluation.LIST_METRICS}
+    assert found == pytest.approx({"ORRatio@10": 0.3, "DivRatio@10": 10 / 1200, "coverage@10": 0.25, "Gini@10": 0.75})
+
+
+def test_list_metrics_are_means_over_seeds(jobs, collected):
+    rows = predictions_of(jobs, NAMES[0], "dpo", "ood_test")
+    ratios = []
+    for seed in range(3):
+        slots = np.concatenate([row[:10] for row in rows["items"].iloc[120 * seed : 120 * (seed + 1)]])
+        ratios.append(pd.Series(slots).value_counts().iloc[:3].sum() / 1200)
+    key = {"setting": NAMES[0], "split": "ood_test", "method": "dpo", "metric": "ORRatio@10"}
+    mean, low, high = (value(collected["metrics"], column, **key) for column in ("mean", "low", "high"))
+    assert mean == pytest.approx(np.mean(ratios))
+    reach = 4.3027 * np.std(ratios, ddof=1) / 3**0.5  # Student's t with two degrees of freedom
+    assert (mean - low, high - mean) == pytest.approx((reach, reach), rel=1e-4)
+
+
+def test_popularity_lift_compares_lists_with_histories(jobs, collected):
+    count = read_items(jobs, NAMES[0]).set_index("item")["train_count"]
+    examples = pd.read_parquet(jobs[0].folder / "examples.parquet")
+    profile = np.mean([count[row].mean() for row in examples.loc[examples["split"] == "ood_test", "history"]])
+    shown = np.mean([count[row[:10]].mean() for row in predictions_of(jobs, NAMES[0], "dpo", "ood_test")["items"]])
+    key = {"setting": NAMES[0], "split": "ood_test", "metric": "popularity_lift@10"}
+    assert value(collected["metrics"], method="dpo", **key) == pytest.approx(shown / profile - 1)
+    assert value(collected["metrics"], method="random", **key) == pytest.approx(count.mean() / profile - 1)
+    assert value(collected["paired"], "low", method="dpo", baseline="sft", **key) > 0
+
+
+def test_accuracy_is_grouped_by_the_true_environment_where_it_is_known(jobs, collected):
+    environment = pd.read_parquet(jobs[0].folder / "examples.parquet").set_index("example")["environment"]
+    rows = predictions_of(jobs, NAMES[0], "sft", "iid_test")
+    chosen = rows["example"].map(environment).eq("spring").to_numpy()
+    gains = np.where(rows["rank"] < 10, 1 / np.log2(rows["rank"] + 2), 0)
+    key = {"split": "iid_test", "grouping": "environment", "group": "spring", "method": "sft"}
+    assert value(collected["groups"], setting=NAMES[0], **key) == pytest.approx(gains[chosen].mean())
+    assert tables.select(collected["groups"], setting=NAMES[1], grouping="environment").empty
+
+
+# Periods and slopes
+
+
+def test_periods_are_cut_by_the_targets_times(jobs, collected):
+    times = pd.read_parquet(jobs[0].folder / "examples.parquet").set_index("example")["time"]
+    rows = predictions_of(jobs, NAMES[0], "dpo", "ood_test")
+    moment = rows["example"].map(times).to_numpy()
+    last = moment >= np.quantile(moment, 0.8)  # no two of these times are equal
+    key = {"setting": NAMES[0], "split": "ood_test", "grouping": "count", "group": "T5", "method": "dpo"}
+    assert value(collected["times"], metric="HR@10", **key) == pytest.approx((rows["rank"] < 10)[last].mean())
+    assert tables.select(collected["times"], grouping="count", group="T5")["examples"].unique().tolist() == [24]
+    assert set(collected["times"]["setting"]) == {NAMES[0]}  # the other has no times
+    assert set(collected["times"]["grouping"]) == set(evaluation.PERIODS)
+
+
+def test_slopes_are_those_of_the_groups_in_the_tables(collected):
+    key = {"setting": NAMES[1], "split": "iid_test", "grouping": "mass"}
+    slopes = {}
+    for method in ("causal_dpo", "dpo"):
+        means = tables.select(collected["groups"], method=method, **key)["mean"]
+        slopes[method] = value(collected["slopes"], "slope", method=method, **key)
+        assert slopes[method] == pytest.approx(np.polyfit(range(5), means, 1)[0])
+    assert set(tables.select(collected["slopes"], setting=NAMES[1])["grouping"]) == {"mass", "items"}
+    assert set(tables.select(collected["slopes"], setting=NAMES[0])["grouping"]) == {"mass", "items", "count", "length"}
+    pair = {"method": "causal_dpo", "baseline": "dpo", "setting": NAMES[1], "split": "iid_test"}
+    found = value(collected["paired"], "difference", metric=evaluation.slope_metric("mass"), **pair)
+    assert found == pytest.approx(slopes["causal_dpo"] - slopes["dpo"])
+
+
+def test_an_empty_table_keeps_its_columns(one_setting, tmp_path):
+    found = tables.collect_jobs(one_setting)
+    assert found["validation"].empty
+    for name, table in found.items():
+        assert name not in tables.LATER or list(table) == tables.LATER[name]
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    assert tables.read(tmp_path)["validation"].empty
+
+
+def test_tables_of_an_earlier_version_are_read_without_the_later_ones(folder, tmp_path):
+    for file in folder.glob("*.csv"):
+        if file.stem not in tables.LATER:
+            shutil.copy(file, tmp_path)
+    metrics = pd.read_csv(folder / "metrics.csv")
+    metrics[~metrics["metric"].isin(tables.LISTS)].to_csv(tmp_path / "metrics.csv", index=False)
+    found = tables.read(tmp_path)
+    assert all(found[name].empty for name in tables.LATER)
+    for show in (tables.list_table, tables.slope_table, tables.times_table):
+        assert show(found, NAMES[0], "ood_test").empty
+
+
+# Selection
+
+
+def test_selection_takes_the_best_on_validation_and_says_by_which_rule(tmp_path):
+    jobs = setting(tmp_path, NAMES[1], seeds=(1,), examples=40, validation=True)
+    found = tables.collect_jobs(jobs)
+    assert set(found["validation"]["split"]) == {"validation"} and "validation" not in set(found["metrics"]["split"])
+    rows = predictions_of(jobs, NAMES[1], "dpo", "validation")
+    logp = tables.select(found["validation"], metric="target_logp")
+    assert value(logp, method="dpo") == pytest.approx(rows["target_logp"].mean())
+    trained = logp[~logp["method"].isin(evaluation.FLOORS)]
+    best = trained.loc[trained["mean"].idxmax(), "method"]
+    assert evaluation.select(found["validation"], "iid_validation_logp") == {NAMES[1]: best}
+    text = tables.selection_text(found, "iid_validation_logp")
+    assert text.startswith("Selected by `iid_validation_logp` (largest mean log-probability on IID validation): ")
+    assert "LOOKS AT THE TEST" in tables.selection_text(found, "oracle_ood")
+
+
+@pytest.mark.parametrize("rule", evaluation.SELECTION)
+def test_every_selection_rule_takes_the_largest_of_its_own_rows(rule):
+    by = evaluation.SELECTION[rule]
+    rows = pd.DataFrame(
+        [
+            {"setting": s, "split": split, "method": m, "metric": metric, "mean": mean}
+            for split in ("validation", "iid_test", "ood_test")
+            for metric in ("target_logp", "NDCG@10")
+            for s, m, mean in (("a", "x", 1), ("a", "y", 2), ("a", "popular", 9), ("b", "x", 5), ("b", "y", 5))
+        ]
+    )
+    other = (rows["split"] != by.split) | (rows["metric"] != by.metric)
+    rows.loc[other, "mean"] *= -1  # whoever reads another row chooses x of setting a
+    assert evaluation.select(rows, rule) == {"a": "y", "b": "x"}
+
+
+def test_selection_refuses_what_it_cannot_do(collected):
+    with pytest.raises(StudyError, match="unknown selection rule 'best'"):
+        evaluation.select(collected["metrics"], "best")
+    with pytest.raises(StudyError, match="needs target_logp on validation"):
+        evaluation.select(collected["metrics"], "iid_validation_logp")
+
+
 # Comparisons
 
 
@@ -208,6 +362,29 @@ def test_differences_are_paired_and_corrected_within_their_metric(jobs, collecte
     smallest = family["p"].min()
     assert family.loc[family["p"].idxmin(), "p_holm"] == pytest.approx(min(1, 6 * smallest))
     assert (paired["p_holm"] >= paired["p"]).all() and (paired["p"] > 0).all()
+
+
+def test_equivalence_and_mcnemar_stand_beside_the_differences(collected):
+    paired = collected["paired"]
+    slopes = paired["metric"].str.startswith("slope")
+    tests = paired[["margin", "p_equivalent", "p_equivalent_holm"]]
+    assert tests[slopes].isna().all(axis=None) and tests[~slopes].notna().all(axis=None)
+    assert (tests["p_equivalent_holm"] >= tests["p_equivalent"])[~slopes].all()
+    family = paired[
+        paired["metric"].eq("target_logp") & paired["setting"].eq(NAMES[1]) & paired["split"].eq("ood_test")
+    ]
+    first = family.loc[family["p_equivalent"].idxmin()]
+    assert first["p_equivalent_holm"] == pytest.approx(min(1, 6 * first["p_equivalent"]))
+    assert (paired["metric"].str.startswith("HR@") == paired["p_mcnemar"].notna()).all()
+    key = {"setting": NAMES[1], "split": "ood_test"}
+    level = value(collected["metrics"], method="sft", metric="NDCG@10", **key)
+    key |= {"baseline": "sft"}
+    assert value(paired, "margin", method="dpo", metric="NDCG@10", **key) == pytest.approx(0.1717 / 2 * level)
+    # The shuffled control is SFT again, up to 0.01 nats; DPO lies 0.15 nats above, the margin is 0.08.
+    key |= {"metric": "target_logp"}
+    assert value(paired, "margin", method="dpo", **key) == pytest.approx(math.log(1 + 0.1717 / 2))
+    assert value(paired, "p_equivalent_holm", method="shuffled", **key) < 0.01
+    assert value(paired, "p_equivalent_holm", method="dpo", **key) > 0.9
 
 
 def test_the_fabricated_amplification_is_found(collected):
@@ -350,6 +527,29 @@ def test_result_table_shows_all_metrics_on_request(folder):
     everything = tables.result_table(read, NAMES[0], "ood_test", everything=True)
     assert list(everything)[1:4] == ["log p (nats)", "causal NDCG@10 %", "HR@10 %"]
     assert {"HR@20 %", "NDCG@20 %", "share of G1 %"} <= set(everything)
+
+
+def test_lists_are_described_apart_from_accuracy(folder):
+    read = tables.read(folder)
+    table = tables.list_table(read, NAMES[0], "ood_test").set_index("method")
+    assert list(table) == ["ORRatio@10 %", "DivRatio@10 %", "coverage@10 %", "Gini@10", "popularity lift@10 %"]
+    assert table.loc["Most popular", "Gini@10"] == "0.750" and table.loc["Most popular", "ORRatio@10 %"] == "30.00"
+    assert "[" in table.loc["DPO", "popularity lift@10 %"]
+    assert not set(table) & set(tables.result_table(read, NAMES[0], "ood_test", everything=True))
+
+
+def test_periods_and_slopes_are_shown_with_examples_and_intervals(folder):
+    read = tables.read(folder)
+    table = tables.times_table(read, NAMES[0], "ood_test")
+    assert list(table)[:3] == ["metric", "method", "T1 (24)"] and len(table) == 2 * 4
+    assert table["T5 (24)"].str.contains(r"\d\.\d\d \[").all()
+    slopes = tables.slope_table(read, NAMES[0], "ood_test")
+    assert "NDCG@10 over periods of equal length" in slopes and len(slopes) == 4
+
+
+def test_one_seed_has_no_interval_over_seeds(one_setting):
+    found = tables.list_table(tables.collect_jobs(one_setting), NAMES[0], "ood_test").set_index("method")
+    assert re.fullmatch(r"\d+\.\d\d", found.loc["DPO", "ORRatio@10 %"])
 
 
 def test_diagnostics_table_has_means_per_method(folder):

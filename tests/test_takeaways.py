@@ -175,13 +175,13 @@ def test_claims_are_judged_by_their_direction(numbers, positive, negative):
     for row in found.itertuples():
         assert row.result == (positive if sign[row.claim] > 0 else negative)
     assert set(found["split"]) == {"OOD test"}  # the made-up study has no other
-    assert len(found) == len(takeaways.CLAIMS) - 1  # nor a causal metric
+    assert len(found) == len(takeaways.CLAIMS) - 2  # nor a causal metric, nor slopes
 
 
 def test_unreproduced_lists_everything_that_is_not_reproduced():
     tables = made_up({(share_metric("mass", "G1"), "dpo", "sft"): UP})
     text = takeaways.unreproduced(tables)
-    count = len(takeaways.CLAIMS) - 1
+    count = len(takeaways.CLAIMS) - 2
     assert text.startswith(f"**Takeaway.** 1 of {count} tested statements are reproduced.")
     assert text.count("\n- ") == count - 1 and "**not detected** on made-up, OOD test" in text
 
@@ -197,3 +197,60 @@ def test_paired_table_has_a_verdict_per_comparison():
     table = takeaways.paired_table(made_up(default=UP), "made-up", "ood_test", "HR@10")
     assert table["verdict"].tolist() == ["raised"] * 4
     assert table["difference (points)"].iloc[0] == "10.00 [5.00, 15.00]"
+
+
+# Equivalence
+
+
+def with_equivalence(tables, p_equivalent):
+    paired = tables["paired"].assign(margin=0.02, p_equivalent=p_equivalent, p_equivalent_holm=p_equivalent)
+    paired["p_mcnemar"] = np.where(paired["metric"] == "HR@10", 0.7, np.nan)
+    return {**tables, "paired": paired}
+
+
+def test_tables_without_equivalence_say_nothing_about_it():
+    assert takeaways.equivalence(made_up(), "made-up", "ood_test", "HR@10", "dpo", "sft") is None
+    assert takeaways.equivalence_sentence(made_up(), "made-up", "ood_test", "HR@10", "HR@10") == ""
+    assert "margin" not in takeaways.results_takeaway(made_up(), "made-up", "ood_test")
+    assert not {"outcome", "p (McNemar)"} & set(takeaways.paired_table(made_up(), "made-up", "ood_test", "HR@10"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "p", "word"),
+    [(NOTHING, 0.01, "equivalent"), (NOTHING, 0.4, "undecided"), (UP, 0.4, "different"), (UP, 0.01, "equivalent")],
+)
+def test_outcomes_stand_beside_the_differences(numbers, p, word):
+    tables = with_equivalence(made_up(default=numbers), p)
+    table = takeaways.paired_table(tables, "made-up", "ood_test", "HR@10")
+    assert table["outcome"].tolist() == [word] * 4 and table["margin (points)"].tolist() == ["±2.00"] * 4
+    assert table["p (McNemar)"].tolist() == ["0.700"] * 4
+    assert "p (McNemar)" not in takeaways.paired_table(tables, "made-up", "ood_test", "NDCG@10")
+    said = word + " (a detected difference below the margin)" * (word == "equivalent" and numbers == UP)
+    sentence = f"Against a margin of ±8.6 %, in HR@10: DPO and SFT {said}, CausalDPO and DPO {said}, CausalDPO and"
+    assert sentence in takeaways.results_takeaway(tables, "made-up", "ood_test")
+
+
+def test_a_claim_that_is_not_detected_can_be_refuted():
+    found = takeaways.claim_table(with_equivalence(made_up(), 0.01))
+    assert set(found["result"]) == {"equivalent"}
+    found = takeaways.claim_table(with_equivalence(made_up(default=UP), 0.01))
+    assert set(found["result"]) == {"reproduced", "contradicted"}
+    text = takeaways.unreproduced(with_equivalence(made_up(), 0.01))
+    assert text.startswith("**Takeaway.** 0 of") and "**equivalent** on made-up" in text
+
+
+# Periods
+
+
+def test_times_takeaway_follows_the_slopes():
+    tables = made_up()
+    slope = {**KEY, "grouping": "count", "metric": "NDCG@10", "groups": 5}
+    values = {"sft": (0.01, 0.005, 0.015), "dpo": (-0.01, -0.015, -0.005), "causal_dpo": (0.0, -0.01, 0.01)}
+    rows = [{**slope, "method": m, "slope": a, "low": b, "high": c} for m, (a, b, c) in values.items()]
+    tables["slopes"] = pd.DataFrame(rows)
+    text = takeaways.times_takeaway(tables, "made-up", "ood_test")
+    assert "SFT rises (1.00 [0.50, 1.50] points a period)" in text
+    assert "DPO falls (-1.00" in text and "CausalDPO no detectable change (0.00" in text
+    assert "DPO was not compared with SFT." in text
+    tables["slopes"] = tables["slopes"].iloc[:0]
+    assert takeaways.times_takeaway(tables, "made-up", "ood_test") == ""
