@@ -16,11 +16,23 @@ import torch
 from sklearn.metrics import adjusted_mutual_info_score
 from transformers import TrainingArguments
 
-from causaldpo_lib import backbone, environments, packing, pairs, pipeline, prompts, ranking, splits, trainers
+from causaldpo_lib import (
+    backbone,
+    causal,
+    environments,
+    metrics,
+    packing,
+    pairs,
+    pipeline,
+    prompts,
+    ranking,
+    splits,
+    trainers,
+)
 from causaldpo_lib.data import load_dataset
 from causaldpo_lib.errors import StudyError, pick
 
-TESTED = ("iid_test", "ood_test")
+TESTED = ("validation", "iid_test", "ood_test")  # validation serves the choice between methods
 LONGEST_LIST = 20  # the largest cut-off of the tables
 
 
@@ -148,10 +160,20 @@ def align(
     seed: int,
     loss: str,
     loss_options: dict[str, Any],
+    nll_weight: float,
     negatives: str,
     negatives_per_prompt: int,
     memberships: str,
+    membership_gradient: str,
+    prior: str,
+    penalty: str,
+    output: str,
     mmd_weight: float,
+    mmd_bandwidth: float,
+    mmd_estimator: str,
+    mmd_pairs: str,
+    tokens_per_environment: int,
+    iterations: int,
     train_examples: int,
     epochs: float,
     learning_rate: float,
@@ -161,6 +183,7 @@ def align(
     """Preference alignment of a fine-tuned checkpoint, which is also the frozen reference.
 
     ``train_examples`` (0 for all) and their negatives depend on ``seed`` only: methods that share a seed share pairs.
+    Each of ``iterations`` starts from the policy of the one before, its new reference, and draws negatives anew.
     """
     items, examples = _tables(data)
     sample = examples[examples["split"] == "train"]
@@ -168,35 +191,56 @@ def align(
         rng = np.random.default_rng(seed)
         sample = sample.iloc[np.sort(rng.choice(len(sample), train_examples, replace=False))]
     titles = items.set_index("item")["title"]
-    rejected = pairs.preference_pairs(sample, items["item"].to_numpy(), negatives, negatives_per_prompt, seed)
     rows = prompts.prompt_table(sample, titles)
-    rows["rejected"] = [[prompts.response_text(titles[item]) for item in row] for row in rejected]
+    if memberships in ORACLES:
+        rows["environment"] = ORACLES[memberships](sample, items)
     model, tokenizer = _backbone(pipeline.load_run(sft, "sft").folder / "checkpoint", [], seed, lora_rank)
-    # Batches are drawn at random, not by length: histories of one length share environments, and in a batch with a
-    # single example of an environment the MMD measures that example.
-    arguments = _arguments(
-        trainers.CausalDPOConfig,
-        rows=len(rows),
-        folder=folder,
-        seed=seed,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        loss=loss,
-        loss_options=loss_options,
-        mmd_weight=mmd_weight,
-        memberships=memberships,
-        environment_seed=seed,
-    )
-    trainer = trainers.CausalDPOTrainer(
-        model, args=arguments, train_dataset=rows.to_dict("records"), processing_class=tokenizer, label=method
-    )
-    outcome = trainer.train()
-    log = pd.DataFrame(trainer.table())
+    logs = []
+    for iteration in range(iterations):
+        pool = sample
+        if negatives == "self_generated":
+            pool = sample.assign(ranked=_own_lists(model, tokenizer, items, rows, sample, negatives_per_prompt))
+        rejected = pairs.preference_pairs(pool, items, negatives, negatives_per_prompt, seed + 1000 * iteration)
+        rows["rejected"] = [[prompts.response_text(titles[item]) for item in row] for row in rejected]
+        # Batches are drawn at random, not by length: histories of one length share environments, and in a batch with
+        # a single example of an environment the MMD measures that example.
+        arguments = _arguments(
+            trainers.CausalDPOConfig,
+            rows=len(rows),
+            folder=folder,
+            seed=seed,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            loss=loss,
+            loss_options=loss_options,
+            nll_weight=nll_weight,
+            memberships="given" if memberships in ORACLES else memberships,
+            membership_gradient=membership_gradient,
+            prior=prior,
+            penalty=penalty,
+            output=output,
+            mmd_weight=mmd_weight,
+            mmd_bandwidth=mmd_bandwidth or None,
+            mmd_estimator=mmd_estimator,
+            mmd_pairs=mmd_pairs,
+            tokens_per_environment=tokens_per_environment,
+            environment_seed=seed,
+            reference_cache=str(folder.parent / "reference"),
+        )
+        trainer = trainers.CausalDPOTrainer(
+            model, args=arguments, train_dataset=rows.to_dict("records"), processing_class=tokenizer, label=method
+        )
+        outcome = trainer.train()
+        model = trainer.model
+        logs.append(pd.DataFrame(trainer.table()).assign(iteration=iteration))
+    log = pd.concat(logs, ignore_index=True)
     log.to_csv(folder / "log.csv", index=False)
     found = pd.DataFrame(trainer.memberships.numpy()).add_prefix("environment_")
     found.assign(example=sample["example"].to_numpy()).to_parquet(folder / "memberships.parquet")
-    _save(trainer.model, tokenizer, items, folder)
+    _save(model, tokenizer, items, folder)
+    if trainer.backdoor is not None:
+        trainer.backdoor.save(folder / "checkpoint")
     return {
         **trainer.diagnostics,
         **_agreement(trainer.memberships.argmax(1).numpy(), sample, items),
@@ -207,25 +251,57 @@ def align(
     }
 
 
-def rank(folder: Path, data: str, checkpoint: str, ranker: str, list_length: int, batch_size: int) -> dict[str, Any]:
-    """Rank the catalogue for the test examples of both test splits and write the lists."""
+def rank(
+    folder: Path,
+    data: str,
+    checkpoint: str,
+    ranker: str,
+    beam_width: int,
+    mask_history: bool,
+    list_length: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Rank the catalogue for the held-out examples and write the lists.
+
+    On simulated data also the exact log-probabilities of the whole catalogue, one list an example in the order of
+    ``items.parquet``, which the true preferences are compared with.
+    """
     if list_length < LONGEST_LIST:
         raise StudyError(
             f"list_length = {list_length} is too short for HR@{LONGEST_LIST}: set it to {LONGEST_LIST} or more"
         )
     items, examples = _tables(data)
     examples = examples[examples["split"].isin(TESTED)].reset_index(drop=True)
-    source = pipeline.load_run(checkpoint, ("sft", "align")).folder
-    model, tokenizer = backbone.load_checkpoint(source / "checkpoint")
+    source = pipeline.load_run(checkpoint, ("sft", "align")).folder / "checkpoint"
+    model, tokenizer = backbone.load_checkpoint(source)
+    mixture = causal.Backdoor.load(source) if (source / causal.BACKDOOR_FILE).exists() else None
     catalogue = ranking.Catalogue.build(items, tokenizer)
-    rows = prompts.prompt_table(examples, items.set_index("item")["title"])
+    texts = prompts.prompt_table(examples, items.set_index("item")["title"])["prompt"].tolist()
+    options = {"masked": examples["history"].tolist()} if mask_history else {}
+    if beam_width:
+        if not ranker.startswith("beam"):
+            raise StudyError(f"ranker {ranker!r} searches no beams: set beam_width: 0")
+        options["width"] = beam_width
+    if mask_history and ranker == "candidates":
+        raise StudyError("ranker 'candidates' has its own lists, which hold nothing of the history: unset mask_history")
     found = pick(ranking.RANKERS, ranker, "ranker")(
-        model, tokenizer, catalogue, rows["prompt"].tolist(), examples["item"].tolist(), list_length, batch_size
+        model,
+        tokenizer,
+        catalogue,
+        texts,
+        examples["item"].tolist(),
+        list_length,
+        batch_size,
+        mixture=mixture,
+        **options,
     )
     predictions = examples[["example", "split", "user", "item"]].rename(columns={"item": "target"})
     predictions = predictions.assign(
         rank=found.rank, target_logp=found.target_logp, items=found.items.tolist(), scores=found.scores.tolist()
     )
+    if (pipeline.load_run(data, "data").folder / "truth.parquet").exists():
+        shares = ranking.catalogue_shares(model, tokenizer, catalogue, texts, batch_size, mixture=mixture)
+        predictions["catalogue_logps"] = shares.tolist()
     predictions.to_parquet(folder / "predictions.parquet")
     by_split = predictions.groupby("split")
     return {
@@ -294,6 +370,47 @@ def history_genres(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
     genre = dict(zip(items["item"], items["genres"].str.partition("|")[0], strict=True))
     named = [sorted(genre[item] for item in history) for history in examples["history"]]
     return np.array([max(names, key=names.count) for names in named])
+
+
+def target_groups(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """The popularity group (equal training mass) of each target, (N,): it looks at the outcome."""
+    return examples["item"].map(items.set_index("item")["group_mass"]).to_numpy()
+
+
+def periods(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """The fifth of the training period, by number of examples, in which each target was chosen, (N,)."""
+    if "time" not in examples:
+        raise StudyError("memberships 'oracle_period' need times, which this dataset lacks: choose other memberships")
+    return metrics.periods(examples["time"].to_numpy())
+
+
+def true_environments(examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """The environment in which each target was chosen, (N,): the simulator's truth."""
+    if "environment" not in examples:
+        raise StudyError(
+            "memberships 'oracle_environment' need the true environments, which only dataset 'simulated' has: choose "
+            "other memberships"
+        )
+    return examples["environment"].to_numpy()
+
+
+# Environments that no method may know: bounds on what inferring them better could bring.
+ORACLES = {
+    "oracle_environment": true_environments,
+    "oracle_history": history_groups,
+    "oracle_target": target_groups,
+    "oracle_period": periods,
+}
+
+
+def _own_lists(
+    model: Any, tokenizer: Any, items: pd.DataFrame, rows: pd.DataFrame, examples: pd.DataFrame, count: int
+) -> list[Any]:
+    """The model's own best items for each training prompt, enough for ``count`` besides target and history."""
+    catalogue = ranking.Catalogue.build(items, tokenizer)
+    length = count + 1 + int(examples["history"].map(len).max())
+    texts, targets = rows["prompt"].tolist(), examples["item"].tolist()
+    return ranking.RANKERS["beam"](model, tokenizer, catalogue, texts, targets, length, 64).items.tolist()
 
 
 def _agreement(labels: np.ndarray, examples: pd.DataFrame, items: pd.DataFrame) -> dict[str, float]:

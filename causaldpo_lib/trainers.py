@@ -1,31 +1,45 @@
 """Trainers on transformers' ``Trainer``: supervised fine-tuning and (Causal)DPO over packed prompts.
 
-Both score responses through ``packing``: the prompt once per example, logits at response positions only, prompts of
-similar length together. ``benchmarks/run.py`` measures the ratio to trl's ``SFTTrainer`` and ``DPOTrainer``.
+Both score responses through ``packing``: the prompt once per example, no padding, logits at response positions only.
+``benchmarks/training.py`` measures the ratio to trl's ``SFTTrainer`` and ``DPOTrainer``.
+
+Several processes (``torchrun --nproc_per_node N``) compute one loss: log-probabilities, memberships and outputs of all
+are gathered with their gradients, so that loss, MMD and kernel width are those of the global batch. Where the rows do
+not fill the last batch, accelerate starts again from the epoch's first ones, which then count twice. Accumulated
+micro-batches are different: each has its own MMD (of its own examples), and these are averaged.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from torch import Tensor, distributed, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOConfig
 
-from causaldpo_lib.environments import EnvironmentInference
+from causaldpo_lib.causal import Backdoor, Regulariser, add_environment_tokens, causal_loss, draw_environments
+from causaldpo_lib.checkpoints import ResumableTrainer, latest_checkpoint, load_scores, save_scores, scores_digest
+from causaldpo_lib.environments import GRADIENTS, MEMBERSHIPS, BatchEnvironments
 from causaldpo_lib.errors import StudyError, pick
-from causaldpo_lib.losses import LogProbs, check_hyperparameters, hyperparameters, preference_loss
-from causaldpo_lib.mmd import median_bandwidth, mmd_squared
-from causaldpo_lib.packing import PackedBatch, pack, score_dataset, score_responses
+from causaldpo_lib.losses import BetaState, LogProbs, check_hyperparameters, hyperparameters
+from causaldpo_lib.packing import PackedBatch, ResponseScores, can_pack, pack, prepend, score_dataset, score_responses
 from causaldpo_lib.prompts import check_boundary, encode_prompts, encode_responses
 
 Feature = dict[str, Any]
+# A preference loss starts near 1; what it has become at this value, in nats, no further step repairs.
+EXPLODED = 1e6
 
 
 def encode_features(
@@ -39,7 +53,7 @@ def encode_features(
     A prompt that with its longest response exceeds ``max_length`` tokens loses its oldest titles.
 
     Raises:
-        StudyError: there is no row, a row lacks a column, or the tokenizer merges prompt and response.
+        StudyError: there is no row, a row lacks a column or a response, or the tokenizer merges prompt and response.
     """
     rows = list(rows)
     if not rows:
@@ -48,6 +62,12 @@ def encode_features(
         if missing := {"prompt", *response_columns} - set(row):
             raise StudyError(f"training row {index} has no column {sorted(missing)[0]!r}: it has {', '.join(row)}")
     groups = [[row[c]] if isinstance(row[c], str) else list(row[c]) for c in response_columns for row in rows]
+    if [] in groups:
+        index = groups.index([])
+        raise StudyError(
+            f"training row {index % len(rows)} has no response in column {response_columns[index // len(rows)]!r}: "
+            "give it one, or drop the row"
+        )
     check_boundary(tokenizer, rows[0]["prompt"], groups[0][0])
     flat = iter(encode_responses(tokenizer, [response for group in groups for response in group]))
     encoded = [[next(flat) for _ in group] for group in groups]
@@ -67,17 +87,18 @@ def encode_features(
 
 
 def _context(model: nn.Module) -> int:
-    return model.config.max_position_embeddings
+    """Tokens that the model can read; some say it under another name, some not at all."""
+    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 class PackedCollator:
-    """Features to a ``PackedBatch`` as a dictionary of tensors (which the trainer moves to its device)."""
+    """Features to a ``PackedBatch`` of ``count`` responses as a dictionary of tensors (for the trainer's device)."""
 
-    def __init__(self, pad_id: int) -> None:
-        self.pad_id = pad_id
+    def __init__(self, pad_id: int, count: int) -> None:
+        self.pad_id, self.count = pad_id, count
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
-        batch = pack([f["input_ids"] for f in features], [f["responses"] for f in features], self.pad_id)
+        batch = pack([f["input_ids"] for f in features], [f["responses"] for f in features], self.pad_id, self.count)
         return {"index": torch.tensor([f["index"] for f in features]), **vars(batch)}
 
 
@@ -88,29 +109,143 @@ class ProgressLines(TrainerCallback):
         self.label = label
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.started = time.perf_counter()
+        self.started, self.first = time.perf_counter(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if "loss" in (logs or {}):
-            left = (time.perf_counter() - self.started) * (state.max_steps / max(state.global_step, 1) - 1)
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            pace = (time.perf_counter() - self.started) / max(state.global_step - self.first, 1)
             print(
-                f"{self.label}: step {state.global_step} of {state.max_steps}, "
-                f"loss {float(logs['loss']):.3f}, {left:.0f} s left",
+                f"{self.label}: step {state.global_step} of {state.max_steps}, loss {float(logs['loss']):.3f}, "
+                f"{pace * (state.max_steps - state.global_step):.0f} s left",
                 flush=True,
             )
 
 
-class PackedTrainer(Trainer):
-    """What both trainers share: packed batches, and extra numbers in the log."""
+class LengthGroupedSampler(Sampler[int]):
+    """Batches of similar prompt lengths, drawn from seed and epoch alone, so that a resumed epoch goes on."""
 
-    def __init__(self, args: TrainingArguments, label: str, **kwargs: Any) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+def _seed(*parts: int) -> int:
+    """One seed from several numbers: what is drawn at a step depends on that step, and on nothing drawn before."""
+    return int(np.random.SeedSequence([abs(part) for part in parts]).generate_state(1)[0])
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, in order of rank; the gradient of a row goes back to the process that owns it.
+
+    Every process computes the same global loss, so a row's gradients add up to N times its own, and the mean over
+    processes that DistributedDataParallel takes of the weights' gradients makes that one (methods: data parallelism).
+    """
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(parts, rows.contiguous())
+        ctx.own = slice(distributed.get_rank() * len(rows), (distributed.get_rank() + 1) * len(rows))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        distributed.all_reduce(gradient)
+        return gradient[ctx.own]
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """``rows`` (B, ...) of every process, one after the other; as they are where there is one process."""
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return _Gather.apply(rows) if several else rows
+
+
+class PackedTrainer(ResumableTrainer):
+    """What both trainers share: packed batches, the global loss, more numbers in the log, and a stop when it breaks."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        features: list[Feature],
+        processing_class: PreTrainedTokenizerBase,
+        label: str,
+    ) -> None:
         args.remove_unused_columns = False  # the collator, not the model's signature, reads the features
         args._n_gpu = min(args.n_gpu, 1)  # one process, one GPU: torchrun, not DataParallel, for several
-        super().__init__(args=args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # compute_loss gives batch means: accumulated batches are averaged
         self._recorded: dict[str, list[float]] = defaultdict(list)
+        self._prompts, self._since, self._rows = 0, time.perf_counter(), (0, [])
+        self.responses = max(len(feature["responses"]) for feature in features)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=features,
+            processing_class=processing_class,
+            data_collator=PackedCollator(processing_class.pad_token_id, self.responses),
+        )
+        self.model_accepts_loss_kwargs = False  # compute_loss gives batch means: accumulated batches are averaged
         self.remove_callback(PrinterCallback)
         self.add_callback(ProgressLines(label))
+        # Found out here, where the model is not wrapped yet, on the longest prompt, which tries its attention most.
+        longest = max(features, key=lambda feature: len(feature["input_ids"]))
+        batch = pack([longest["input_ids"]], [longest["responses"]], processing_class.pad_token_id)
+        can_pack(self.model, batch.to(self.args.device))
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._recorded.clear()
+        self._prompts, self._since = 0, time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def scores(self, model: nn.Module, inputs: dict[str, Tensor], **options: bool) -> tuple[Tensor, ResponseScores]:
+        """Row indices on the CPU and scores of the global batch; ``inputs`` are a collated batch of this process."""
+        index = inputs.pop("index")
+        scores = score_responses(model, self.prepared(PackedBatch(**inputs), index.cpu()), **options)
+        return gathered(index).cpu(), ResponseScores(
+            **{name: None if rows is None else gathered(rows) for name, rows in vars(scores).items()}
+        )
+
+    def prepared(self, batch: PackedBatch, index: Tensor) -> PackedBatch:
+        """The batch as the policy sees it."""
+        return batch
+
+    def checked(self, loss: Tensor, index: Tensor) -> Tensor:
+        """``loss`` of the rows ``index``.
+
+        Raises:
+            StudyError: it is not a number or above ``EXPLODED``.
+        """
+        step, rows = self._rows
+        self._rows = self.state.global_step, index.tolist() + (rows if step == self.state.global_step else [])
+        value = loss.item()
+        if not abs(value) <= EXPLODED:
+            self._stop(f"the loss is {value:g}")
+        self._prompts += len(index)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler (fp16) meets infinite gradients as a matter of course and skips the step.
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            self._stop(f"the gradient's norm is {float(norm):g}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        last = latest_checkpoint(self.args.output_dir)
+        good = "none was saved (save_strategy)" if last is None else f"{last}"
+        raise StudyError(
+            f"{what} at step {self.state.global_step + 1}, in a batch of training rows {self._rows[1]}: look at "
+            f"these rows, lower learning_rate or max_grad_norm; last good checkpoint: {good}"
+        )
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Average ``metrics`` over the steps until the next log entry."""
@@ -119,8 +254,11 @@ class PackedTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            now = time.perf_counter()
             logs = {**logs, **{name: sum(values) / len(values) for name, values in self._recorded.items()}}
+            logs["prompts_per_second"] = self._prompts / (now - self._since)
             self._recorded.clear()
+            self._prompts, self._since = 0, now
         super().log(logs, start_time)
 
     def table(self) -> list[dict[str, float]]:
@@ -130,6 +268,20 @@ class PackedTrainer(Trainer):
             for entry in self.state.log_history
             if "loss" in entry
         ]
+
+    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"recorded": dict(self._recorded)}, {}
+
+    def load_own_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self._recorded = defaultdict(list, values["recorded"])
+        self._since = time.perf_counter()
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(feature["input_ids"]) for feature in self.train_dataset]
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(lengths, batch_size, self.args.seed)
 
 
 class SupervisedTrainer(PackedTrainer):
@@ -146,19 +298,12 @@ class SupervisedTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase,
         label: str = "fine-tuning",
     ) -> None:
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=encode_features(processing_class, train_dataset, ["chosen"], _context(model)),
-            processing_class=processing_class,
-            data_collator=PackedCollator(processing_class.pad_token_id),
-            label=label,
-        )
+        features = encode_features(processing_class, train_dataset, ["chosen"], _context(model))
+        super().__init__(model, args, features, processing_class, label)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs.pop("index")
-        scores = score_responses(model, PackedBatch(**inputs))
-        loss = -scores.sum_logps.sum() / scores.tokens.sum()
+        index, scores = self.scores(model, inputs)
+        loss = self.checked(-scores.sum_logps.sum() / scores.tokens.sum(), index)
         return (loss, scores) if return_outputs else loss
 
 
@@ -167,27 +312,37 @@ class CausalDPOConfig(DPOConfig):
     """trl's ``DPOConfig`` (of which ``beta`` and the training arguments are used) with the causal regulariser.
 
     Attributes:
+        beta: of the loss, unless ``loss_options`` name one; None is the loss's own default.
         loss: a name of ``LOSSES``; ``loss_options`` are its hyper-parameters, ``beta`` included if it has one.
-        mmd_weight: lambda of Eq. 10, the weight of the squared MMD of the chosen responses' implicit rewards; 0 is the
-            plain preference loss.
-        mmd_bandwidth: Gaussian kernel width in reward units; None is the batch's median distance.
-        mmd_min_bandwidth: least width of the median rule, in reward units. Training starts with all rewards at 0; the
-            penalty's gradient grows like 1 / bandwidth and would drown the preference loss over differences that mean
-            nothing (the logistic loss changes over a reward of 1).
-        mmd_estimator: ``v``, ``u`` or ``debiased``.
-        memberships: ``inferred`` from the reference's prompt states, or ``shuffled`` - the inferred rows dealt to other
-            examples once: the same penalty without any information on environments (the decisive control).
-        environment_seed: seed of the clustering sample and of the shuffle.
+        mmd_weight: lambda of Eq. 10, the weight of the penalty; 0 is the plain preference loss.
+        mmd_bandwidth, mmd_min_bandwidth, mmd_estimator, mmd_pairs, penalty, output, prior: see ``Regulariser``.
+        memberships: a name of ``MEMBERSHIPS``: ``inferred`` from the reference's prompt states, controls such as
+            ``shuffled``, ``given`` by the rows' column ``environment``, or ``batch``, anew in every batch from the
+            policy's states; then ``membership_gradient`` is ``detached`` or ``paper``.
+        tokens_per_environment: length of the soft prompt that conditions the policy on an environment (Eq. 6), drawn
+            from the example's memberships at every step; 0 is the unconditioned policy.
+        environment_seed: seed of clustering, controls and draws.
+        nll_weight: weight of the chosen responses' token-mean negative log-likelihood, a stabiliser.
+        reference_cache: folder in which the reference's scores are kept and found again; None computes them anew.
     """
 
+    beta: float | None = field(default=None, metadata={"help": "The loss's beta; None: its own default."})
     loss: str = field(default="dpo", metadata={"help": "Name of a preference loss."})
     loss_options: dict | str | None = field(default=None, metadata={"help": "The loss's hyper-parameters."})
-    mmd_weight: float = field(default=1.0, metadata={"help": "Weight of the squared MMD between environments."})
+    mmd_weight: float = field(default=1.0, metadata={"help": "Weight of the penalty on environments' differences."})
     mmd_bandwidth: float | None = field(default=None, metadata={"help": "Kernel bandwidth; None: median distance."})
     mmd_min_bandwidth: float = field(default=0.1, metadata={"help": "Least bandwidth of the median rule."})
     mmd_estimator: str = field(default="v", metadata={"help": "MMD estimator: v, u or debiased."})
-    memberships: str = field(default="inferred", metadata={"help": "inferred or shuffled."})
-    environment_seed: int = field(default=0, metadata={"help": "Seed of clustering and shuffling."})
+    mmd_pairs: str = field(default="mean", metadata={"help": "Reduction over pairs of environments."})
+    penalty: str = field(default="mmd", metadata={"help": "Name of a penalty."})
+    output: str = field(default="reward", metadata={"help": "What is to be alike in all environments."})
+    prior: str = field(default="empirical", metadata={"help": "Environment prior: empirical or uniform."})
+    memberships: str = field(default="inferred", metadata={"help": "Kind of memberships."})
+    membership_gradient: str = field(default="detached", metadata={"help": "With batch memberships: or paper."})
+    tokens_per_environment: int = field(default=0, metadata={"help": "Length of an environment's soft prompt."})
+    environment_seed: int = field(default=0, metadata={"help": "Seed of clustering, controls and draws."})
+    nll_weight: float = field(default=0.0, metadata={"help": "Weight of the chosen responses' NLL."})
+    reference_cache: str | None = field(default=None, metadata={"help": "Folder of cached reference scores."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,29 +350,45 @@ class CausalDPOConfig(DPOConfig):
         check_hyperparameters(self.loss, options)
         self.loss_options = options
         pick(MEMBERSHIPS, self.memberships, "kind of memberships")
+        pick(GRADIENTS, self.membership_gradient, "membership gradient")
+        if self.membership_gradient != "detached" and self.memberships != "batch":
+            raise StudyError(
+                f"membership_gradient {self.membership_gradient!r} needs memberships that training computes: set "
+                "memberships to 'batch', or leave the gradient 'detached'"
+            )
+        if self.tokens_per_environment and self.memberships == "batch":
+            raise StudyError(
+                "tokens_per_environment needs environments that keep their identity from batch to batch: choose other "
+                "memberships than 'batch'"
+            )
+        self.regulariser()
 
-
-def _shuffled(memberships: Tensor, generator: torch.Generator) -> Tensor:
-    return memberships[torch.randperm(len(memberships), generator=generator)]
-
-
-MEMBERSHIPS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
-    "inferred": lambda memberships, generator: memberships,
-    "shuffled": _shuffled,
-}
+    def regulariser(self) -> Regulariser:
+        """The penalty's options as one object, checked."""
+        return Regulariser(
+            weight=self.mmd_weight,
+            penalty=self.penalty,
+            output=self.output,
+            prior=self.prior,
+            estimator=self.mmd_estimator,
+            pairs=self.mmd_pairs,
+            bandwidth=self.mmd_bandwidth,
+            min_bandwidth=self.mmd_min_bandwidth,
+        )
 
 
 class CausalDPOTrainer(PackedTrainer):
     r"""Preference loss plus :math:`\lambda\,\mathrm{MMD}^2` between pseudo-environments (Eq. 10 of arXiv 2603.22335).
 
-    Used like trl's ``DPOTrainer``: rows have string columns ``prompt``, ``chosen`` and ``rejected`` (the last may be a
-    list of strings, of the same length in all rows). Before training, one pass of the frozen reference - ``ref_model``,
-    or the initial policy - over the training set gives its log-probabilities and the prompt states from which
-    environments are inferred; memberships are detached and fixed, so no gradient can flatten them. The penalised output
-    is the implicit reward of the chosen response, :math:`s_i = \beta h_w` (the reference-free score where a loss has no
-    reference is not implemented).
+    Used like trl's ``DPOTrainer``: rows have string columns ``prompt``, ``chosen`` and ``rejected``, the last may be a
+    list of strings, of any length from one. Before training, one pass of the frozen reference over the training set
+    gives its log-probabilities and the prompt states from which environments are inferred. The reference is
+    ``ref_model``; else, for a policy with adapters, the policy without them (merge trained adapters before they are to
+    be part of it); else the policy as it is now, so that a trained policy starts another round as its own reference.
+    Memberships are detached and fixed, so no gradient can flatten them - but for ``memberships="batch"``, Algorithm 1.
 
-    After training, ``memberships`` (N, K), ``environments`` and ``diagnostics`` describe the environments used.
+    ``memberships`` (N, K), ``environments`` (the fitted ``EnvironmentInference``, if any), ``diagnostics`` and
+    ``backdoor`` (the soft prompts, if any; save it beside the checkpoint) describe the environments used.
     """
 
     def __init__(
@@ -230,60 +401,161 @@ class CausalDPOTrainer(PackedTrainer):
         label: str = "alignment",
     ) -> None:
         args = CausalDPOConfig(output_dir="results/trainer") if args is None else args
-        limit = min(args.max_length or _context(model), _context(model))
-        features = encode_features(processing_class, train_dataset, ["chosen", "rejected"], limit)
-        if len({len(feature["responses"]) for feature in features}) > 1:
-            raise StudyError("rows have different numbers of rejected responses: give every row the same number")
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=features,
-            processing_class=processing_class,
-            data_collator=PackedCollator(processing_class.pad_token_id),
-            label=label,
-        )
+        limit = min(args.max_length or _context(model), _context(model)) - args.tokens_per_environment
+        rows = list(train_dataset or [])
+        features = encode_features(processing_class, rows, ["chosen", "rejected"], limit)
+        super().__init__(model, args, features, processing_class, label)
         self.loss_options = dict(args.loss_options)
-        if "beta" in hyperparameters(args.loss):
+        if args.beta is not None and "beta" in hyperparameters(args.loss):
             self.loss_options.setdefault("beta", args.beta)
-        self.beta = float(self.loss_options.get("beta", args.beta))
+        self.regulariser = args.regulariser()
+        self.beta_state = BetaState()
+        self.ragged = len({len(feature["responses"]) for feature in features}) > 1
+
+        reference = self._reference_scores(ref_model)
+        self.reference_logps = reference.sum_logps
+        labels = [row.get("environment") for row in rows] if args.memberships == "given" else None
+        found = MEMBERSHIPS[args.memberships](reference.prompt_states, labels, args.environment_seed)
+        self.memberships, self.diagnostics, self.environments = found.rows, found.diagnostics, found.inference
+        self.batch_environments: BatchEnvironments | None = None
+        if args.memberships == "batch":
+            self.batch_environments = BatchEnvironments(
+                reference.prompt_states.shape[1], gradient=args.membership_gradient, seed=args.environment_seed
+            ).to(self.args.device)
+        self.backdoor: Backdoor | None = None
+        if args.tokens_per_environment:
+            prior = self.memberships.double().mean(0)
+            count, seed = len(prior), args.environment_seed
+            tokens = add_environment_tokens(model, processing_class, count, args.tokens_per_environment, seed)
+            self.backdoor = Backdoor(tokens, (prior / prior.sum()).tolist())
+
+    def _reference_scores(self, ref_model: nn.Module | None) -> ResponseScores:
+        """From the cache or computed, every process a share of the rows; the first one writes."""
         reference = self.model if ref_model is None else ref_model.to(self.args.device)
-        with self.compute_loss_context_manager():
+        without_adapters = ref_model is None and hasattr(reference, "disable_adapter")
+        prompts, responses = ([f[name] for f in self.train_dataset] for name in ("input_ids", "responses"))
+        rank, world = self.args.process_index, self.args.world_size
+        folder = None if self.args.reference_cache is None else Path(self.args.reference_cache)
+        box: list[Any] = [None]
+        if folder is not None and rank == 0:
+            skip = reference.base_model.prefix if without_adapters else None
+            digest = scores_digest(reference, prompts, responses, self.accelerator.mixed_precision, skip)
+            box = [load_scores(folder, digest)]
+        if world > 1:
+            distributed.broadcast_object_list(box)
+        if box[0] is not None:
+            return box[0]
+        with self.compute_loss_context_manager(), reference.disable_adapter() if without_adapters else nullcontext():
             scores = score_dataset(
                 reference,
-                [feature["input_ids"] for feature in features],
-                [feature["responses"] for feature in features],
-                processing_class.pad_token_id,
+                prompts[rank::world],
+                responses[rank::world],
+                self.processing_class.pad_token_id,
                 2 * self.args.per_device_train_batch_size,
+                self.responses,
             )
-        self.reference_logps = scores.sum_logps
-        self.environments = EnvironmentInference(seed=args.environment_seed).fit(scores.prompt_states)
-        inferred = self.environments.memberships(scores.prompt_states)
-        generator = torch.Generator().manual_seed(args.environment_seed)
-        self.memberships = MEMBERSHIPS[args.memberships](inferred, generator)
-        self.diagnostics = self.environments.diagnostics(self.memberships)
+        if world > 1:
+            scores = _interleaved(scores, world)
+        if folder is not None and rank == 0:
+            save_scores(scores, folder, digest)
+        return scores
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        super().create_optimizer(model)
+        if fresh and self._learns_environments:
+            self.optimizer.add_param_group({"params": list(self.batch_environments.parameters()), "weight_decay": 0.0})
+        return self.optimizer
+
+    @property
+    def _learns_environments(self) -> bool:
+        return self.args.membership_gradient == "paper"
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        # The training loop clears the gradients of the model, which this one is no part of.
+        if self._learns_environments and next(model.parameters()).grad is None:
+            self.batch_environments.zero_grad()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _generator(self, index: Tensor) -> torch.Generator:
+        seed = _seed(self.args.environment_seed, self.state.global_step, int(index[0]))
+        return torch.Generator().manual_seed(seed)
+
+    def prepared(self, batch: PackedBatch, index: Tensor) -> PackedBatch:
+        if self.backdoor is None:
+            return batch
+        environments = draw_environments(self.memberships[index], self._generator(index))
+        tokens = torch.tensor(self.backdoor.tokens)[environments].to(batch.input_ids.device)
+        bos = self.processing_class.bos_token_id
+        return prepend(batch, tokens, bos is not None and bool((batch.input_ids[:, 0] == bos).all()))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        index = inputs.pop("index").cpu()
-        scores = score_responses(model, PackedBatch(**inputs))
-        policy = scores.sum_logps
+        index, scores = self.scores(model, inputs, response_states=self.args.output == "hidden")
+        policy, tokens = scores.sum_logps, scores.tokens
         reference = self.reference_logps[index].to(policy.device)
         log_probs = LogProbs(
             chosen=policy[:, 0],
             rejected=policy[:, 1:],
             ref_chosen=reference[:, 0],
             ref_rejected=reference[:, 1:],
-            chosen_tokens=scores.tokens[:, 0],
-            rejected_tokens=scores.tokens[:, 1:],
+            chosen_tokens=tokens[:, 0],
+            rejected_tokens=tokens[:, 1:],
+            rejected_mask=tokens[:, 1:] > 0 if self.ragged else None,
         )
-        preference, metrics = preference_loss(self.args.loss, log_probs, **self.loss_options)
-        rewards = self.beta * log_probs.log_ratios()[0]
-        memberships = self.memberships[index].to(policy.device)
-        bandwidth = self.args.mmd_bandwidth or median_bandwidth(rewards).clamp_min(self.args.mmd_min_bandwidth)
-        penalty = mmd_squared(rewards, memberships, bandwidth, self.args.mmd_estimator)
-        debiased = mmd_squared(rewards.detach(), memberships, bandwidth, "debiased")
-        # lambda = 0 keeps the penalty in the log and out of the graph: the gradient is then exactly the loss's own.
-        loss = preference + self.args.mmd_weight * penalty if self.args.mmd_weight else preference
-        self.record(
-            {"preference_loss": preference.item(), "mmd2": penalty.item(), "mmd2_debiased": debiased.item(), **metrics}
-        )
+        if self.batch_environments is None:
+            memberships = self.memberships[index].to(policy.device)
+        else:
+            memberships = self.batch_environments(scores.prompt_states)
+        options = dict(self.loss_options)
+        if "state" in hyperparameters(self.args.loss):
+            options = {"state": self.beta_state, "generator": self._generator(index), **options}
+        states = None if scores.response_states is None else scores.response_states[:, 0]
+        loss, metrics = causal_loss(self.args.loss, log_probs, memberships, self.regulariser, states, **options)
+        if "margin_mean" in metrics:
+            self.beta_state = BetaState(metrics["margin_mean"], metrics["margin_std"])
+        if self.batch_environments is not None:
+            metrics["noise_share"] = self.batch_environments.noise_share
+        if self.args.nll_weight:
+            nll = -policy[:, 0].sum() / tokens[:, 0].sum()
+            loss, metrics["nll"] = loss + self.args.nll_weight * nll, nll.item()
+        if self.responses > 2:
+            metrics |= _margins(log_probs)
+        loss = self.checked(loss, index)
+        self.record(metrics)
         return (loss, scores) if return_outputs else loss
+
+    def own_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        values, tensors = super().own_state()
+        values["beta_state"] = vars(self.beta_state)
+        return values, tensors | (self.batch_environments.state_dict() if self.batch_environments else {})
+
+    def load_own_state(self, values: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().load_own_state(values, tensors)
+        self.beta_state = BetaState(**values["beta_state"])
+        if self.batch_environments is not None:
+            self.batch_environments.load_state_dict(tensors)
+
+
+@torch.no_grad()
+def _margins(log_probs: LogProbs) -> dict[str, float]:
+    """``margin_1`` ...: mean difference of log-ratios, in nats, from each of several rejected responses."""
+    chosen, rejected = log_probs.log_ratios()
+    margins, mask = chosen[:, None] - rejected, log_probs.rejected_mask
+    means = (margins * mask).sum(0) / mask.sum(0)
+    return {f"margin_{j}": value for j, value in enumerate(means.tolist(), start=1) if not math.isnan(value)}
+
+
+def _interleaved(scores: ResponseScores, world: int) -> ResponseScores:
+    """Scores of rows r, r + world, ... of every rank r in the order of the rows."""
+    parts: list[Any] = [None] * world
+    distributed.all_gather_object(parts, scores)
+    count = sum(len(part.tokens) for part in parts)
+
+    def woven(name: str) -> Tensor:
+        rows = getattr(parts[0], name)
+        whole = rows.new_empty(count, *rows.shape[1:])
+        for rank, part in enumerate(parts):
+            whole[rank::world] = getattr(part, name)
+        return whole
+
+    return ResponseScores(*(woven(name) for name in ("sum_logps", "tokens", "prompt_states")))

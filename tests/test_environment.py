@@ -206,11 +206,11 @@ def notebook_sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def test_the_library_imports_only_what_is_declared(core: Requirements, extras: dict[str, Requirements]):
-    """At import only the core packages; the pipeline's may be imported by a function that needs them."""
+    """At import only the core packages; the extras may be imported by a function that needs them."""
     problems, sources = {}, list(python_sources("causaldpo_lib"))
     assert sources
     for path, tree in sources:
-        lazy = {*core, *extras["pipeline"]}
+        lazy = {*core, *extras["pipeline"], *extras["embedding"]}
         missing = undeclared(imported(tree, top_level=True), core, {"causaldpo_lib"})
         missing |= undeclared(imported(tree, top_level=False), lazy, {"causaldpo_lib"})
         if missing:

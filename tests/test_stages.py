@@ -8,6 +8,7 @@ from conftest import small_model
 
 from causaldpo_lib import pipeline, stages
 from causaldpo_lib.backbone import train_tokenizer
+from causaldpo_lib.causal import Backdoor
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.ranking import recommend
 
@@ -72,7 +73,7 @@ def test_lists_are_ranked_for_every_method(root, data, sft, aligned):
         )
         found[name] = pd.read_parquet(ranked.folder / "predictions.parquet")
     for table in found.values():
-        assert set(table["split"]) == {"iid_test", "ood_test"} and table["rank"].between(0, 40).all()
+        assert set(table["split"]) == {"validation", "iid_test", "ood_test"} and table["rank"].between(0, 40).all()
         assert np.isfinite(table["target_logp"]).all() and (table["target_logp"] < 0).all()
         assert all(len(set(items)) == 20 for items in table["items"])
         hit = table[table["rank"] < 20]
@@ -88,6 +89,63 @@ def test_methods_of_a_seed_share_examples_and_the_control_only_shuffles(aligned)
     assert tables["shuffled"]["example"].equals(tables["causal_dpo"]["example"])
     rows = {name: sorted(table.filter(like="environment_").to_numpy().tolist()) for name, table in tables.items()}
     assert rows["shuffled"] == rows["causal_dpo"] and not tables["shuffled"].equals(tables["causal_dpo"])
+
+
+def test_predictions_on_simulated_data_hold_the_whole_catalogue(root, data, sft):
+    ranked = execute("rank", root / "sft-rank", data=str(data.folder), checkpoint=str(sft.folder), list_length=20)
+    table = pd.read_parquet(ranked.folder / "predictions.parquet")
+    items = pd.read_parquet(data.folder / "items.parquet")["item"].tolist()
+    logps = np.stack(table["catalogue_logps"])
+    assert logps.shape == (len(table), len(items))
+    assert np.exp(logps).sum(1) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_masked_histories_are_not_recommended(root, data, sft):
+    inputs = {"data": str(data.folder), "checkpoint": str(sft.folder)}
+    ranked = execute("rank", root / "masked-rank", **inputs, ranker="likelihood", mask_history=True, list_length=20)
+    table = pd.read_parquet(ranked.folder / "predictions.parquet").set_index("example")
+    histories = pd.read_parquet(data.folder / "examples.parquet").set_index("example")["history"].loc[table.index]
+    assert not any(set(row) & set(history) for row, history in zip(table["items"], histories, strict=True))
+    with pytest.raises(StudyError, match="unset mask_history"):
+        execute("rank", root / "no", **inputs, ranker="candidates", mask_history=True)
+
+
+@pytest.mark.parametrize("kind", stages.ORACLES)
+def test_oracle_environments_are_the_named_groups(root, data, sft, kind):
+    inputs = {"data": str(data.folder), "sft": str(sft.folder)}
+    run = execute("align", root / kind, **inputs, method=kind, train_examples=64, memberships=kind)
+    rows = pd.read_parquet(run.folder / "memberships.parquet").set_index("example")
+    examples = pd.read_parquet(data.folder / "examples.parquet").set_index("example").loc[rows.index]
+    labels = stages.ORACLES[kind](examples, pd.read_parquet(data.folder / "items.parquet"))
+    assert (rows.max(axis=1) == 1).all()
+    assert (pd.factorize(pd.Series(labels), sort=True)[0] == rows.to_numpy().argmax(1)).all()
+    assert run.summary["scalars"]["environment_method"] == "given"
+
+
+def test_rounds_contrast_with_what_the_last_policy_lists(root, data, sft):
+    inputs = {"data": str(data.folder), "sft": str(sft.folder)}
+    shared = {"train_examples": 48, "mmd_weight": 0.0, "negatives": "self_generated", "negatives_per_prompt": 2}
+    once, twice = (
+        execute("align", root / f"rounds-{n}", **inputs, method="own", iterations=n, **shared) for n in (1, 2)
+    )
+    logs = [pd.read_csv(run.folder / "log.csv") for run in (once, twice)]
+    assert set(logs[0]["iteration"]) == {0} and set(logs[1]["iteration"]) == {0, 1}
+    first = logs[1][logs[1]["iteration"] == 0].reset_index(drop=True)
+    columns = ["loss", "margin", "chosen_logp"]
+    pd.testing.assert_frame_equal(first[columns], logs[0][columns])
+    again = logs[1][logs[1]["iteration"] == 1]
+    assert abs(again["margin"].iloc[0]) < abs(logs[0]["margin"].iloc[-1]) + 1e-3  # a new reference: margins restart
+
+
+def test_a_policy_given_the_environment_is_averaged_over_environments(root, data, sft):
+    inputs = {"data": str(data.folder), "sft": str(sft.folder)}
+    options = {"method": "backdoor", "train_examples": 48, "mmd_weight": 0.0, "tokens_per_environment": 2}
+    run = execute("align", root / "backdoor", **inputs, **options, lora_rank=0)
+    mixture = Backdoor.load(run.folder / "checkpoint")
+    assert sum(mixture.prior) == pytest.approx(1.0) and all(len(ids) == 2 for ids in mixture.tokens)
+    ranked = execute("rank", root / "backdoor-rank", data=str(data.folder), checkpoint=str(run.folder))
+    table = pd.read_parquet(ranked.folder / "predictions.parquet")
+    assert np.isfinite(table["target_logp"]).all() and all(len(set(items)) == 20 for items in table["items"])
 
 
 def test_recommend_serves_a_trained_checkpoint(aligned, data):

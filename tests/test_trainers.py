@@ -1,6 +1,7 @@
 """Trainers: trl on the same batch, the penalty's effect on the gradient, controls, and what the log holds."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,13 +11,21 @@ from transformers import TrainingArguments
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.losses import LOSSES
 from causaldpo_lib.mmd import median_bandwidth, mmd_squared
-from causaldpo_lib.trainers import CausalDPOConfig, CausalDPOTrainer, SupervisedTrainer, encode_features
+from causaldpo_lib.packing import PackedBatch, score_responses
+from causaldpo_lib.prompts import prompt_text
+from causaldpo_lib.trainers import (
+    CausalDPOConfig,
+    CausalDPOTrainer,
+    LengthGroupedSampler,
+    SupervisedTrainer,
+    encode_features,
+)
 
 
 def config(folder, **options):
     shared = {"per_device_train_batch_size": 8, "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-3, "seed": 1}
     fixed = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "bf16": False}
-    return CausalDPOConfig(str(folder), **shared, **fixed, activation_checkpointing=False, **options)
+    return CausalDPOConfig(str(folder), **{**shared, **fixed, "activation_checkpointing": False, **options})
 
 
 def trainer(folder, tiny, rows, **options):
@@ -34,6 +43,13 @@ def loss_and_gradient(trained):
     loss = trained.compute_loss(trained.model, first_batch(trained))
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in trained.model.parameters()])
+
+
+def counted_passes(model):
+    """Grows by one with every forward pass of ``model``."""
+    passes = []
+    model.register_forward_hook(lambda *given: passes.append(1))
+    return passes
 
 
 def drift(trained):
@@ -87,8 +103,6 @@ def test_penalty_adds_its_own_value_and_gradient(tmp_path, tiny, rows):
         drift(run)
     (plain, plain_gradient), (causal, causal_gradient) = map(loss_and_gradient, runs)
     run = runs[1]
-    from causaldpo_lib.packing import PackedBatch, score_responses
-
     batch = first_batch(run)
     index = batch.pop("index")
     rewards = 0.5 * (score_responses(run.model, PackedBatch(**batch)).sum_logps[:, 0] - run.reference_logps[index, 0])
@@ -111,12 +125,14 @@ def test_shuffled_memberships_are_the_same_rows_dealt_anew(tmp_path, tiny, rows)
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains_and_logs_its_parts(name, tmp_path, tiny, rows):
-    trained = trainer(tmp_path, tiny, rows, loss=name)
+    trained = trainer(tmp_path, tiny, rows, loss=name, max_steps=2)
     before = copy.deepcopy(trained.model.state_dict())
     trained.train()
     table = trained.table()
-    assert [entry["step"] for entry in table] == [1.0, 2.0, 3.0]
-    assert {"preference_loss", "mmd2", "mmd2_debiased", "margin", "accuracy", "chosen_logp"} <= set(table[0])
+    assert [entry["step"] for entry in table] == [1.0, 2.0]
+    logged = {"preference_loss", "penalty", "mmd2", "mmd2_debiased", "margin", "accuracy", "chosen_logp"}
+    logged |= {"margin_1", "margin_2", "accuracy_1", "accuracy_2", "weight_distance", "prompts_per_second"}
+    assert logged <= set(table[0])
     assert table[0]["loss"] == pytest.approx(table[0]["preference_loss"] + table[0]["mmd2"], abs=1e-3)
     assert any(not torch.equal(before[key], value) for key, value in trained.model.state_dict().items())
 
@@ -181,8 +197,16 @@ def test_bad_input_is_named(tmp_path, tiny, rows):
         trainer(tmp_path, tiny, [])
     with pytest.raises(StudyError, match="row 1 has no column 'rejected'"):
         encode_features(tiny[1], [rows[0], {"prompt": "p", "chosen": "c"}], ["chosen", "rejected"])
-    with pytest.raises(StudyError, match="different numbers of rejected"):
-        trainer(tmp_path, tiny, [rows[0], {**rows[1], "rejected": rows[1]["rejected"][:1]}])
+    with pytest.raises(StudyError, match="row 1 has no response in column 'rejected'"):
+        trainer(tmp_path, tiny, [rows[0], {**rows[1], "rejected": []}])
+    with pytest.raises(StudyError, match="set memberships to 'batch'"):
+        config(tmp_path, membership_gradient="paper")
+    with pytest.raises(StudyError, match="keep their identity"):
+        config(tmp_path, memberships="batch", tokens_per_environment=2)
+    with pytest.raises(StudyError, match="unknown penalty 'mdd'"):
+        config(tmp_path, penalty="mdd")
+    with pytest.raises(StudyError, match="column 'environment' of every training row"):
+        trainer(tmp_path, tiny, rows, memberships="given")
 
 
 def test_accumulated_batches_are_averaged(tmp_path, tiny, rows):
@@ -215,3 +239,208 @@ def test_long_prompts_lose_their_oldest_titles(tiny, rows):
     (whole,), (cut,) = (encode_features(tiny[1], [row], ["chosen"], length) for length in (None, 25))
     assert len(whole["input_ids"]) > len(cut["input_ids"]) and whole["input_ids"][-3:] == cut["input_ids"][-3:]
     assert len(cut["input_ids"]) + len(cut["responses"][0]) <= 25
+
+
+def test_ragged_rejected_lists_are_masked(tmp_path, tiny, rows):
+    """Rows with one and two rejected responses: each row's loss is that of the row alone."""
+    mixed = [{**row, "rejected": row["rejected"][: 1 + index % 2]} for index, row in enumerate(rows)]
+    run = trainer(tmp_path, tiny, mixed, mmd_weight=0.0, loss_options={"beta": 0.5})
+    drift(run)
+    loss, gradient = loss_and_gradient(run)
+    run.model.zero_grad()
+    _, scores = run.scores(run.model, first_batch(run))
+    ratios = scores.sum_logps - run.reference_logps[:8]
+    alone = [-F.logsigmoid(0.5 * (row[0] - row[1 : 2 + i % 2])).mean() for i, row in enumerate(ratios)]
+    expected = torch.stack(alone).mean()
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert run.reference_logps[0, 2] == 0 and run.reference_logps[1, 2] != 0
+    torch.testing.assert_close(gradient, torch.cat([p.grad.flatten() for p in run.model.parameters()]))
+    margins = [(row[0] - row[2]).item() for row in ratios[1::2]]
+    assert run._recorded["margin_2"] == [pytest.approx(sum(margins) / 4, abs=1e-4)]
+
+
+def test_reference_scores_are_computed_once(tmp_path, tiny, rows, capsys):
+    cache = tmp_path / "cache"
+
+    def passes_and_scores(**options):
+        model = options.pop("model", None) or copy.deepcopy(tiny[0])
+        passes = counted_passes(model)
+        run = CausalDPOTrainer(
+            model, args=config(tmp_path, reference_cache=str(cache)), train_dataset=rows, processing_class=tiny[1]
+        )
+        return len(passes), run.reference_logps, run.memberships
+
+    computed, logps, memberships = passes_and_scores()
+    assert computed == 2  # 24 rows, 16 at a time
+    found = passes_and_scores()
+    assert found[0] == 0 and torch.equal(found[1], logps) and torch.equal(found[2], memberships)
+    (file,) = cache.iterdir()
+
+    other = copy.deepcopy(tiny[0])
+    with torch.no_grad():
+        next(other.parameters())[5, 0] += 1e-3
+    assert passes_and_scores(model=other)[0] == 2 and len(list(cache.iterdir())) == 2
+
+    content = bytearray(file.read_bytes())
+    for damaged in (bytes(content[:-100]), bytes([*content[:-1], content[-1] ^ 1])):
+        file.write_bytes(damaged)
+        again = passes_and_scores()
+        assert again[0] == 2 and torch.equal(again[1], logps)
+        assert f"{file} are damaged" in capsys.readouterr().out
+        assert passes_and_scores()[0] == 0
+
+
+def test_reference_is_the_policy_without_adapters_or_the_model_given(tmp_path, tiny, rows):
+    from causaldpo_lib.backbone import with_lora
+
+    plain = trainer(tmp_path, tiny, rows, reference_cache=str(tmp_path / "cache"))
+    torch.manual_seed(5)
+    model = with_lora(copy.deepcopy(tiny[0]), rank=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.1  # trained adapters
+    run = CausalDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tiny[1])
+    torch.testing.assert_close(run.reference_logps, plain.reference_logps, atol=1e-4, rtol=0)
+    given = CausalDPOTrainer(
+        copy.deepcopy(tiny[0]), model.merge_and_unload(), config(tmp_path), rows, processing_class=tiny[1]
+    )
+    assert (given.reference_logps - plain.reference_logps).abs().max() > 1e-2
+
+
+def test_adapters_do_not_change_the_reference_s_digest(tmp_path, tiny, rows):
+    from causaldpo_lib.backbone import with_lora
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = with_lora(copy.deepcopy(tiny[0]), rank=2)
+        args = config(tmp_path, reference_cache=str(tmp_path / "cache"))
+        CausalDPOTrainer(model, args=args, train_dataset=rows, processing_class=tiny[1])
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_trained_policy_is_the_next_round_s_reference(tmp_path, tiny, rows):
+    first = trainer(tmp_path, tiny, rows)
+    first.train()
+    second = CausalDPOTrainer(first.model, args=config(tmp_path), train_dataset=rows, processing_class=tiny[1])
+    assert (second.reference_logps - first.reference_logps).abs().max() > 1e-3
+    assert second.compute_loss(second.model, first_batch(second)).item() == pytest.approx(math.log(2), abs=1e-5)
+    second.train()
+    assert len(second.table()) == 3
+
+
+def test_nll_weight_adds_the_chosen_responses_token_mean(tmp_path, tiny, rows):
+    plain, stabilised = (trainer(tmp_path, tiny, rows, mmd_weight=0.0, nll_weight=weight) for weight in (0.0, 0.5))
+    loss, gradient = loss_and_gradient(plain)
+    other, other_gradient = loss_and_gradient(stabilised)
+    # The supervised loss is this mean, and another test holds it against plain cross-entropy.
+    supervised = SupervisedTrainer(
+        plain.model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True), rows, tiny[1]
+    )
+    nll, nll_gradient = loss_and_gradient(supervised)
+    assert other == pytest.approx(loss + 0.5 * nll, abs=1e-5)
+    torch.testing.assert_close(other_gradient, gradient + 0.5 * nll_gradient, atol=1e-5, rtol=1e-3)
+    assert stabilised._recorded["nll"] == [pytest.approx(nll, abs=1e-5)]
+
+
+@pytest.mark.parametrize("break_it", ["nan", "explode", "gradient"])
+def test_a_broken_loss_stops_with_step_rows_and_last_checkpoint(break_it, tmp_path, tiny, rows, monkeypatch):
+    run = trainer(tmp_path, tiny, rows, save_strategy="steps", save_steps=2, max_steps=5)
+    scores_of = run.scores
+    seen = []
+
+    def broken(model, inputs, **options):
+        index, scores = scores_of(model, inputs, **options)
+        seen.append(index.tolist())
+        if run.state.global_step == 3:
+            if break_it == "gradient":  # the derivative of the root at 0 is infinite
+                scores.sum_logps = scores.sum_logps + (scores.sum_logps * 0).sqrt()
+            else:
+                scores.sum_logps = scores.sum_logps * {"nan": math.nan, "explode": 1e9}[break_it]
+        return index, scores
+
+    monkeypatch.setattr(run, "scores", broken)
+    with pytest.raises(StudyError, match=r"at step 4, .*last good checkpoint: .*checkpoint-2") as caught:
+        run.train()
+    assert f"training rows {seen[-1]}" in str(caught.value)
+    assert {"nan": "loss is nan", "explode": "loss is ", "gradient": "norm is nan"}[break_it] in str(caught.value)
+    assert len(seen) == 4
+
+
+@pytest.mark.filterwarnings("ignore:DBSCAN found")  # in some of the batches
+def test_batch_memberships_follow_the_policy_and_g_learns_only_by_the_paper(tmp_path, tiny, items):
+    titles = items["title"].tolist()
+    rows = [
+        {"prompt": prompt_text([titles[7 * (i % 2)]] * 6 + [titles[i % 12]]), "chosen": " Zero", "rejected": " Comet"}
+        for i in range(32)
+    ]
+    for gradient in ("detached", "paper"):
+        options = {"memberships": "batch", "membership_gradient": gradient, "per_device_train_batch_size": 16}
+        run = trainer(tmp_path, tiny, rows, **options)
+        assert run.environments is None and run.diagnostics["environment_method"] == "batch"
+        before = {name: tensor.clone() for name, tensor in run.own_state()[1].items()}
+        run.train()
+        assert max(entry["environments"] for entry in run.table()) >= 2
+        moved = [not torch.equal(before[name], tensor) for name, tensor in run.own_state()[1].items()]
+        assert moved == [gradient == "paper"] * 2
+
+
+def test_given_environments_are_the_rows_own(tmp_path, tiny, rows):
+    labelled = [{**row, "environment": "ab"[index % 2]} for index, row in enumerate(rows)]
+    run = trainer(tmp_path, tiny, labelled, memberships="given")
+    assert run.memberships.tolist() == [[1.0, 0.0], [0.0, 1.0]] * 12
+
+
+def test_soft_prompts_condition_the_policy_and_not_the_reference(tmp_path, tiny, rows):
+    tokenizer = copy.deepcopy(tiny[1])
+    model = copy.deepcopy(tiny[0])
+    vocabulary = len(tokenizer)
+    plain = trainer(tmp_path, tiny, rows)
+    args = config(tmp_path, tokens_per_environment=2, learning_rate=1e-2)
+    run = CausalDPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer)
+    torch.testing.assert_close(run.reference_logps, plain.reference_logps)
+    assert len(run.backdoor.tokens) == run.memberships.shape[1]
+    assert run.backdoor.prior == pytest.approx(run.memberships.mean(0).tolist(), abs=1e-5)
+    seen = []
+    run.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: seen.append(ids[0][0]))
+    before = run.model.get_input_embeddings().weight.detach().clone()
+    run.train()
+    added = torch.tensor([i for ids in run.backdoor.tokens for i in ids])
+    assert added.min() == vocabulary
+    used = torch.cat([ids[ids >= vocabulary] for ids in seen])
+    assert len(used) == 3 * 8 * 2 and len(used.unique()) > 2  # one draw per example and step
+    assert seen[0][0] == tokenizer.bos_token_id and seen[0][1] >= vocabulary
+    moved = (run.model.get_input_embeddings().weight != before).any(1)
+    assert moved[used.unique()].all()
+    # A step's draws depend on that step alone, so that a resumed training draws the same.
+    index = torch.arange(8)
+    run.state.global_step = 1
+    draws = [run.prepared(PackedBatch(**without_index(first_batch(run))), index).input_ids for _ in range(2)]
+    run.state.global_step = 2
+    draws.append(run.prepared(PackedBatch(**without_index(first_batch(run))), index).input_ids)
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def without_index(batch):
+    return {name: tensor for name, tensor in batch.items() if name != "index"}
+
+
+@pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"bf16": True}], ids=["checkpointing", "bf16"])
+def test_memory_savers_train_alike(options, tmp_path, tiny, rows):
+    plain, saving = (trainer(tmp_path, tiny, rows, **given) for given in ({}, options))
+    for run in (plain, saving):
+        run.train()
+    exact = "bf16" not in options
+    for left, right in zip(plain.table(), saving.table(), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5 if exact else 2e-2)
+        assert left["chosen_logp"] == pytest.approx(right["chosen_logp"], abs=1e-4 if exact else 0.5)
+
+
+def test_length_groups_are_drawn_from_seed_and_epoch():
+    sampler, again = (LengthGroupedSampler(range(100), 10, seed=3) for _ in range(2))
+    first = list(sampler)
+    assert sorted(first) == list(range(100)) and list(again) == first
+    again.set_epoch(1)
+    assert list(again) != first
+    assert list(LengthGroupedSampler(range(100), 10, seed=4)) != first
