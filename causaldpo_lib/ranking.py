@@ -1,230 +1,76 @@
-"""Ranking the catalogue: beam search on the trie of the titles' tokens.
+r"""Ranking the catalogue for prompts: ``RANKERS``, and ``recommend`` for a person with a list of titles.
 
-The constrained policy of a causal language model renormalises each token over the trie's continuations,
-pi_C(y|x) = prod_t pi(y_t | x, y_<t) / sum over allowed t' of pi(t' | x, y_<t): a distribution over the catalogue. Lists
-are ranked by log pi_C without length normalisation, and ``target_logps`` gives log pi_C of given titles.
+With log pi(y|x) the model's own log-probability of a title's tokens, end-of-sequence token included, two distributions
+over the catalogue C are in use:
+
+    share of the catalogue    p_C(y|x)  = pi(y|x) / sum over y' in C of pi(y'|x)
+    constrained policy        pi_C(y|x) = prod_t pi(y_t | x, y_<t) / m_t,  m_t = mass of the titles' tokens at step t
+
+so log pi_C(y|x) = log pi(y|x) - sum_t log m_t along y. Both sum to 1 over the catalogue. They order titles alike only
+where the m_t are: p_C looks ahead to what a prefix can still become, pi_C is what constrained decoding samples from.
+
+    ranker              list                                  scores                        target_logp
+    beam                beam search under pi_C                log pi_C                      log pi_C
+    beam_normalised     the same, by the mean over tokens     log pi_C / tokens             log pi_C
+    likelihood          all titles, exactly                   log p_C                       log p_C
+    embedding           titles near to a generated text       see ``ground_texts``          log pi_C
+    candidates          a few listed titles, exactly          log of the share of these     the same, of the target
+
+One rule for each special case, the same in all rankers:
+
+- Ties: equal scores stand in catalogue order in a list; the target's ``rank`` counts every equal title as before it.
+- Titles that several items share: refused when the catalogue is built; the loaders merge such items.
+- Items of the history: ranked like all others. ``masked`` takes given items out of an example's list; the others keep
+  their scores, and a masked target is a miss.
+- Empty generations: the first text that is not blank speaks; if all are blank, all titles tie.
+- Short catalogues: a list has min(k, titles) entries; masking that leaves fewer is an error that says how many.
+- Long histories: a prompt beyond the model's context loses its oldest titles, never its end.
+- Backdoor checkpoints (``environments.json``): ``mixture`` ranks by sum_k prior_k p(y | environment k, x), exactly for
+  listed titles and the catalogue; ``beam`` searches each environment and scores the union of what it finds exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
+from scipy.stats import kendalltau
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from causaldpo_lib.backbone import load_checkpoint
-from causaldpo_lib.errors import StudyError
-from causaldpo_lib.packing import batches_by_length, decoder_and_head, pack, response_logits, sum_over_responses
-from causaldpo_lib.prompts import encode_prompts, encode_responses, prompt_text, response_text
+from causaldpo_lib.beam import beam_search, dead_nodes, in_order
+from causaldpo_lib.catalogue import CATALOGUE_FILE, Catalogue, Trie, read_catalogue, titles_of
+from causaldpo_lib.causal import BACKDOOR_FILE, Backdoor, with_environment
+from causaldpo_lib.decoding import MINUS_INFINITY, Reading, check_exact, read_prompts, title_logps
+from causaldpo_lib.errors import StudyError, pick
+from causaldpo_lib.grounding import (
+    answer_measures,
+    generate_texts,
+    ground_texts,
+    random_candidates,
+    sentence_encoder,
+    squeezed,
+    state_encoder,
+)
+from causaldpo_lib.likelihood import catalogue_logps, pieces
+from causaldpo_lib.packing import batches_by_length, decoder_and_head
+from causaldpo_lib.prompts import check_boundary, encode_prompts, prompt_text, response_text
 
-CATALOGUE_FILE = "catalogue.csv"
-MINUS_INFINITY = float("-inf")
-
-
-@dataclass
-class Trie:
-    """The titles' token sequences as a prefix tree in flat arrays.
-
-    The children of node n are ``tokens[start[n] : start[n + 1]]`` and lead to nodes ``nodes[...]``; node 0 is the root;
-    ``leaf[n]`` is the position in the catalogue of the title that ends in n, or -1. Every title ends in the
-    end-of-sequence token, so exactly the leaves carry titles.
-    """
-
-    start: Tensor
-    tokens: Tensor
-    nodes: Tensor
-    leaf: Tensor
-
-    def to(self, device: torch.device | str) -> Trie:
-        return Trie(**{name: tensor.to(device) for name, tensor in vars(self).items()})
-
-    def children(self, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, nodes and existence mask (..., C) of the children of ``nodes`` (...)."""
-        first, count = self.start[nodes], self.start[nodes + 1] - self.start[nodes]
-        offset = torch.arange(int(count.max()), device=nodes.device)
-        exists = offset < count[..., None]
-        index = (first[..., None] + offset).clamp_max(len(self.tokens) - 1)
-        return self.tokens[index], self.nodes[index], exists
-
-
-def build_trie(titles: Sequence[Sequence[int]]) -> Trie:
-    """The trie of token sequences that each end in the same end-of-sequence token.
-
-    Raises:
-        StudyError: no title is given, or two titles have the same tokens.
-    """
-    if not titles:
-        raise StudyError("the catalogue is empty: there is nothing to rank")
-    children: list[dict[int, int]] = [{}]
-    leaf = [-1]
-    for position, ids in enumerate(titles):
-        node = 0
-        for token in ids:
-            if token not in children[node]:
-                children[node][token] = len(children)
-                children.append({})
-                leaf.append(-1)
-            node = children[node][token]
-        if leaf[node] >= 0:
-            raise StudyError(
-                f"catalogue rows {leaf[node]} and {position} have the same tokens: merge items that share a title"
-            )
-        leaf[node] = position
-    counts = [len(entry) for entry in children]
-    return Trie(
-        start=torch.tensor([0, *np.cumsum(counts).tolist()]),
-        tokens=torch.tensor([token for entry in children for token in entry]),
-        nodes=torch.tensor([node for entry in children for node in entry.values()]),
-        leaf=torch.tensor(leaf),
-    )
-
-
-@dataclass
-class Catalogue:
-    """Items, their titles, and the trie of the titles' responses for one tokenizer."""
-
-    items: np.ndarray
-    titles: list[str]
-    responses: list[list[int]]
-    trie: Trie
-
-    @classmethod
-    def build(cls, items: pd.DataFrame, tokenizer: PreTrainedTokenizerBase) -> Catalogue:
-        """From a table with columns ``item`` and ``title``.
-
-        Raises:
-            StudyError: the table is empty, or the tokenizer cannot express a title.
-        """
-        titles = items["title"].tolist()
-        responses = encode_responses(tokenizer, [response_text(title) for title in titles])
-        for title, ids in zip(titles, responses, strict=True):
-            if len(ids) < 2 or tokenizer.unk_token_id in ids:
-                raise StudyError(f"the tokenizer cannot express the title {title!r}")
-        return cls(items["item"].to_numpy(), titles, responses, build_trie(responses))
-
-
-def constrained_logps(logits: Tensor, nodes: Tensor, trie: Trie) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi_C of the continuations of ``nodes`` (...) from ``logits`` (..., V): values, child nodes, tokens (..., C).
-
-    Continuations that do not exist have log-probability minus infinity.
-    """
-    tokens, nodes, exists = trie.children(nodes)
-    allowed = logits.gather(-1, tokens).masked_fill(~exists, MINUS_INFINITY)
-    return torch.log_softmax(allowed, dim=-1), nodes, tokens
-
-
-@torch.inference_mode()
-def beam_search(
-    model: nn.Module, prompts: Sequence[Sequence[int]], trie: Trie, width: int, pad_id: int
-) -> tuple[Tensor, Tensor]:
-    """The ``width`` titles that beam search finds most probable under pi_C for each of B prompts, best first.
-
-    The prompt is computed once per row. All beams of a row lie side by side in one sequence whose mask lets a token see
-    the prompt and its own ancestors, so that the cache is only ever appended to: changing beams changes the mask.
-
-    Returns:
-        Catalogue positions (B, W) and their log-probabilities in nats, W = min(width, number of titles). With equal
-        scores the order of the trie decides, so results are deterministic.
-
-    Raises:
-        StudyError: the model's scores are not numbers.
-    """
-    decoder, head = decoder_and_head(model)
-    parameter = next(decoder.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    trie = trie.to(device)
-    width = min(width, int((trie.leaf >= 0).sum()))
-    batch = pack(prompts, [[[pad_id]]] * len(prompts), pad_id).to(device)
-    lengths = batch.prompt_end + 1
-    size = int(lengths.max())
-    prompt_mask = torch.arange(size, device=device) < lengths[:, None]
-    cache = DynamicCache(config=decoder.config)
-    out = decoder(
-        input_ids=torch.where(prompt_mask, batch.input_ids[:, :size], pad_id),
-        attention_mask=prompt_mask.long(),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    rows = torch.arange(len(prompts), device=device)
-    logits = head(out.last_hidden_state[rows, batch.prompt_end]).float()
-    if not torch.isfinite(logits).all():
-        raise StudyError("the model gives scores that are not numbers: its weights are damaged or training diverged")
-
-    logps, nodes, tokens = constrained_logps(logits, torch.zeros_like(rows), trie)
-    scores, picked = logps.topk(min(width, logps.shape[-1]), dim=-1)
-    nodes, tokens = nodes.gather(-1, picked), tokens.gather(-1, picked)
-    # visible[b, w, s]: does beam w of row b descend from the token in cache slot s?
-    visible = torch.zeros(len(prompts), scores.shape[1], 0, dtype=torch.bool, device=device)
-    depth = 0
-    while not (trie.leaf[nodes] >= 0).all():
-        beams = scores.shape[1]
-        own = torch.eye(beams, dtype=torch.bool, device=device).expand(len(prompts), -1, -1)
-        visible = torch.cat([visible, own], dim=-1)
-        seen = torch.cat([prompt_mask[:, None].expand(-1, beams, -1), visible], dim=-1)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)
-        out = decoder(
-            input_ids=tokens,
-            attention_mask=mask[:, None],
-            position_ids=(lengths[:, None] + depth).expand(-1, beams),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        step, child_nodes, child_tokens = constrained_logps(head(out.last_hidden_state).float(), nodes, trie)
-        finished = trie.leaf[nodes] >= 0
-        # A finished beam competes on with its own score, as its single continuation.
-        step = torch.where(finished[..., None], MINUS_INFINITY, step)
-        step[..., 0] = torch.where(finished, 0.0, step[..., 0])
-        child_nodes[..., 0] = torch.where(finished, nodes, child_nodes[..., 0])
-        total = (scores[..., None] + step).flatten(1)
-        keep = min(width, total.shape[1])
-        scores, picked = total.topk(keep, dim=-1)
-        parents = picked // step.shape[-1]
-        nodes, tokens = child_nodes.flatten(1).gather(1, picked), child_tokens.flatten(1).gather(1, picked)
-        visible = visible.gather(1, parents[..., None].expand(-1, -1, visible.shape[-1]))
-        depth += 1
-    return trie.leaf[nodes], scores
-
-
-@torch.no_grad()
-def target_logps(
-    model: nn.Module, prompts: Sequence[Sequence[int]], targets: Sequence[int], catalogue: Catalogue, pad_id: int
-) -> Tensor:
-    """log pi_C(target | prompt) in nats, (B,): the targets' exact log-probabilities against the whole catalogue.
-
-    ``targets`` are positions in the catalogue.
-    """
-    device = next(model.parameters()).device
-    batch = pack(prompts, [[catalogue.responses[target]] for target in targets], pad_id).to(device)
-    logits, _ = response_logits(model, batch)
-    trie = catalogue.trie.to(device)
-    # Walk all targets down the trie together: the node before each of their tokens.
-    longest = batch.targets.shape[-1]
-    node = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    nodes = torch.zeros(len(prompts), 1, longest, dtype=torch.long, device=device)
-    for depth in range(longest):
-        nodes[:, 0, depth] = node
-        tokens, children, exists = trie.children(node)
-        match = (tokens == batch.targets[:, 0, depth, None]) & exists
-        node = torch.where(match.any(-1), children.gather(-1, match.long().argmax(-1, keepdim=True))[:, 0], node)
-    tokens, _, exists = trie.children(nodes[batch.target_mask])
-    allowed = logits.gather(-1, tokens).masked_fill(~exists, MINUS_INFINITY)
-    own = logits.gather(-1, batch.targets[batch.target_mask][:, None])[:, 0]
-    return sum_over_responses(own - torch.logsumexp(allowed, dim=-1), batch)[:, 0]
+__all__ = ["CATALOGUE_FILE", "RANKERS", "Catalogue", "Ranking", "agreement", "catalogue_shares", "recommend"]
 
 
 @dataclass
 class Ranking:
     """Lists for N examples, and where their targets are.
 
-    ``items`` (N, K) best first with ``scores`` (N, K) in nats; ``rank`` (N,), 0-based, the number of items in the
-    catalogue for a target not in the list;
-    ``target_logp`` (N,), the log-probability of the target against the whole catalogue, in nats.
+    ``items`` (N, K) best first with ``scores`` (N, K), K = min(k, titles); ``rank`` (N,), 0-based: exact where a ranker
+    scores every title, else the place in the list, and the number of titles for a miss; ``target_logp`` (N,) in nats.
+    What scores and log-probabilities are of, the module's table says.
     """
 
     items: np.ndarray
@@ -233,6 +79,32 @@ class Ranking:
     target_logp: np.ndarray
 
 
+@dataclass
+class GroundedRanking(Ranking):
+    """With ``texts`` (N lists), what was written, and ``exact`` (N,), the share of these texts that are titles."""
+
+    texts: list[list[str]]
+    exact: np.ndarray
+
+
+@dataclass
+class CandidateRanking(Ranking):
+    """Ranking of listed candidates by likelihood, and beside it what a greedy answer names.
+
+    HitRatio@1 of the likelihoods is mean(rank == 0), and every such answer is valid. Of the texts it is mean(``hit``),
+    with valid ratio mean(``valid``): an answer is valid if it names exactly one candidate, by longest match
+    (``named_titles``); ``source_hit`` and ``source_valid`` are by the substring rule of the published evaluators. All
+    (N,) bool, over all examples; empty without ``texts``.
+    """
+
+    texts: list[str]
+    hit: np.ndarray
+    valid: np.ndarray
+    source_hit: np.ndarray
+    source_valid: np.ndarray
+
+
+@torch.inference_mode()
 def rank_beam(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -241,73 +113,392 @@ def rank_beam(
     targets: Sequence[object],
     k: int,
     batch_size: int,
+    *,
+    masked: Sequence[Sequence[object]] | None = None,
+    mixture: Backdoor | None = None,
+    normalise_length: bool = False,
+    width: int | None = None,
 ) -> Ranking:
-    """Top ``k`` of the catalogue by beam search of width ``k``, and the targets' ranks and log-probabilities.
+    """The top ``k`` of the catalogue by beam search under pi_C, D3's rule (arXiv 2406.14900).
+
+    No length normalisation: dividing by length favours titles with near-certain tokens, which add length at no cost.
+    ``normalise_length`` does it nonetheless. ``width`` beams are kept, ``k`` if None: more find more of the exact list.
 
     Raises:
-        StudyError: a target is not in the catalogue.
+        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights.
     """
-    position = {item: index for index, item in enumerate(catalogue.items.tolist())}
-    for target in targets:
-        if target not in position:
-            raise StudyError(f"the target item {target!r} is not in the catalogue of {len(position)} items")
-    encoded = encode_prompts(tokenizer, prompts, _room(model, catalogue))
-    positions = np.array([position[target] for target in targets])
-    k = min(k, len(catalogue.items))
-    found = np.empty((len(prompts), k), dtype=np.int64)
-    scores = np.empty((len(prompts), k), dtype=np.float32)
-    target_logp = np.empty(len(prompts), dtype=np.float32)
-    model.eval()
-    for chunk in batches_by_length(encoded, batch_size):
-        rows = [encoded[index] for index in chunk]
-        beams, values = beam_search(model, rows, catalogue.trie, k, tokenizer.pad_token_id)
-        found[chunk], scores[chunk] = beams.cpu().numpy(), values.float().cpu().numpy()
-        logps = target_logps(model, rows, positions[chunk].tolist(), catalogue, tokenizer.pad_token_id)
-        target_logp[chunk] = logps.float().cpu().numpy()
-    hits = found == positions[:, None]
-    rank = np.where(hits.any(1), hits.argmax(1), len(catalogue.items))
-    return Ranking(catalogue.items[found], scores, rank, target_logp)
+    task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, mixture)
+    result = task.empty_lists()
+    rank = np.full(len(prompts), len(catalogue.items))
+    for chunk, readings in task.batches(batch_size):
+        dead = None if masked is None else dead_nodes(task.trie, [task.masked[row] for row in chunk])
+        beams = [beam_search(reading, task.trie, max(k, width or k), dead, normalise_length) for reading in readings]
+        found, scores = beams[0]
+        if len(beams) > 1:
+            union = torch.cat([positions for positions, _ in beams], dim=1)
+            scores = task.mix([title_logps(reading, union, task.trie, constrained=True) for reading in readings])
+            if normalise_length:
+                scores = scores / (task.trie.paths[union] > 0).sum(-1)
+            again = (union[:, :, None] == union[:, None]).tril(-1).any(-1)
+            found, scores = in_order(union, scores.masked_fill(again, MINUS_INFINITY))
+        found, scores = found[:, : task.size].cpu().numpy(), scores[:, : task.size].cpu().numpy()
+        result.items[chunk], result.scores[chunk] = catalogue.items[found], scores
+        result.target_logp[chunk] = task.target_logps(chunk, readings)
+        hits = found == task.targets[chunk][:, None]
+        rank[chunk] = np.where(hits.any(1), hits.argmax(1), rank[chunk])
+    result.rank = rank
+    return result
 
 
-RANKERS: dict[str, Callable[..., Ranking]] = {"beam": rank_beam}
+@torch.inference_mode()
+def rank_likelihood(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    prompts: Sequence[str],
+    targets: Sequence[object],
+    k: int,
+    batch_size: int,
+    *,
+    masked: Sequence[Sequence[object]] | None = None,
+    mixture: Backdoor | None = None,
+    constrained: bool = False,
+    piece: int = 128,
+) -> Ranking:
+    """The whole catalogue in exact order of p_C, or of pi_C if ``constrained``: what beam search approximates.
+
+    ``target_logp`` is the primary endpoint of a study: the target's log-probability against the whole catalogue.
+    ``piece`` trie nodes of ``batch_size`` prompts are computed at once, which bounds the memory.
+
+    Raises:
+        StudyError: as ``rank_beam``.
+    """
+    task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, mixture)
+    result = task.empty_lists()
+    for chunk, shares in _shares(task, batch_size, constrained, piece):
+        task.fill(result, chunk, shares)
+        result.target_logp[chunk] = shares.gather(1, task.places(chunk))[:, 0].cpu().numpy()
+    return result
 
 
-def recommend(checkpoint: str | Path, history: Sequence[object], k: int = 10) -> tuple[list[object], list[float]]:
+@torch.inference_mode()
+def catalogue_shares(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    prompts: Sequence[str],
+    batch_size: int,
+    *,
+    mixture: Backdoor | None = None,
+    constrained: bool = False,
+    piece: int = 128,
+) -> np.ndarray:
+    """log p_C, or log pi_C if ``constrained``, of every item for each prompt: (N, items) float32, catalogue order.
+
+    What comparisons with a known preference over the catalogue need, such as causal NDCG.
+    """
+    task = _Task.build(model, tokenizer, catalogue, prompts, [], 1, None, mixture)
+    found = np.empty((len(prompts), len(catalogue.items)), dtype=np.float32)
+    for chunk, shares in _shares(task, batch_size, constrained, piece):
+        found[chunk] = shares.cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def rank_embedding(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    prompts: Sequence[str],
+    targets: Sequence[object],
+    k: int,
+    batch_size: int,
+    *,
+    masked: Sequence[Sequence[object]] | None = None,
+    mixture: Backdoor | None = None,
+    encoder: str | Path | None = None,
+    distance: str = "cosine",
+    beams: int = 4,
+    max_new_tokens: int | None = None,
+    boost: np.ndarray | None = None,
+    gamma: float = 0.0,
+) -> GroundedRanking:
+    """The catalogue by nearness to what the model writes: BIGRec's grounding (arXiv 2308.08434), after exact matches.
+
+    Args:
+        encoder: a sentence-transformers model by name or path; None embeds by the backbone's own last-token states.
+        distance: "cosine" or "l2", a name of ``grounding.DISTANCES``.
+        beams: texts per example, by unconstrained beam search; BIGRec's 4.
+        max_new_tokens: room for a text; None for that of the longest title.
+        boost, gamma: BIGRec's injection of popularity or of another recommender's scores, (items,) or (N, items);
+            gamma is to be chosen on validation examples.
+
+    Raises:
+        StudyError: as ``rank_beam``; an unknown distance or encoder; a mixture, which writes no text of its own.
+    """
+    _refuse(mixture)
+    task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, None)
+    encode = state_encoder(model, tokenizer, batch_size) if encoder is None else sentence_encoder(str(encoder))
+    vectors = encode(catalogue.titles)
+    extra = None if boost is None else torch.as_tensor(np.asarray(boost), dtype=torch.float32)
+    room = max_new_tokens or task.trie.paths.shape[1]
+    result = task.empty_lists()
+    texts: list[list[str]] = [[] for _ in prompts]
+    for chunk, readings in task.batches(batch_size):
+        written = generate_texts(model, tokenizer, [task.encoded[0][row] for row in chunk], beams, room)
+        own = extra if extra is None or extra.ndim == 1 else extra[chunk]
+        scores = ground_texts(written, catalogue.titles, vectors, encode, distance, own, gamma)
+        task.fill(result, chunk, scores.to(task.trie.leaf.device))
+        result.target_logp[chunk] = task.target_logps(chunk, readings)
+        for row, beam in zip(chunk, written, strict=True):
+            texts[row] = beam
+    known = set(map(squeezed, catalogue.titles))
+    exact = np.array([np.mean([squeezed(text) in known for text in row]) for row in texts])
+    return GroundedRanking(**vars(result), texts=texts, exact=exact)
+
+
+@torch.inference_mode()
+def rank_candidates(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    prompts: Sequence[str],
+    targets: Sequence[object],
+    k: int,
+    batch_size: int,
+    *,
+    candidates: Sequence[Sequence[object]] | None = None,
+    mixture: Backdoor | None = None,
+    texts: bool = False,
+    max_new_tokens: int = 20,
+    count: int = 20,
+    seed: int = 0,
+) -> CandidateRanking:
+    """Listed candidates by likelihood and, with ``texts``, by greedy answers (S-DPO, DynamicPO: 20 candidates).
+
+    Prompts are taken as they are: for the published protocol they list the candidates themselves, and a model is not to
+    be measured with such prompts and without in one comparison.
+
+    Args:
+        candidates: items per example, their target among them; repeated ones count once. None draws ``count`` from the
+            catalogue with ``seed``, the target included.
+
+    Raises:
+        StudyError: as ``rank_beam``; a target that is not among its candidates; texts of a mixture.
+    """
+    if texts:
+        _refuse(mixture)
+    task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, None, mixture)
+    if candidates is None:
+        listed = random_candidates(task.targets, len(catalogue.items), count, np.random.default_rng(seed))
+    else:
+        listed = [list(dict.fromkeys(catalogue.positions(row, "candidate").tolist())) for row in candidates]
+        for row, (target, positions) in enumerate(zip(task.targets.tolist(), listed, strict=True)):
+            if target not in positions:
+                raise StudyError(f"the target of example {row} is not among its candidates: list it with them")
+    size = min([k, *(len(row) for row in listed)])
+    result = task.empty_lists(size)
+    answers = [""] * len(prompts)
+    for chunk, readings in task.batches(batch_size):
+        width = max(len(listed[row]) for row in chunk)
+        # Shorter lists are filled up with their first candidate, which is then left out.
+        filled = torch.tensor([listed[row] + [listed[row][0]] * (width - len(listed[row])) for row in chunk])
+        unused = torch.arange(width) >= torch.tensor([[len(listed[row])] for row in chunk])
+        filled, unused = filled.to(task.trie.leaf.device), unused.to(task.trie.leaf.device)
+        logps = task.mix([title_logps(reading, filled, task.trie, constrained=False) for reading in readings])
+        shares = torch.log_softmax(logps.masked_fill(unused, MINUS_INFINITY), dim=-1)
+        is_target = (filled == task.places(chunk)) & ~unused
+        own = shares[is_target]
+        found, scores = in_order(filled, shares)
+        result.items[chunk] = catalogue.items[found[:, :size].cpu().numpy()]
+        result.scores[chunk] = scores[:, :size].cpu().numpy()
+        result.rank[chunk] = (shares >= own[:, None]).sum(1).cpu().numpy() - 1
+        result.target_logp[chunk] = own.cpu().numpy()
+        if texts:
+            written = generate_texts(model, tokenizer, [task.encoded[0][row] for row in chunk], 1, max_new_tokens)
+            for row, (text,) in zip(chunk, written, strict=True):
+                answers[row] = text
+    if not texts:
+        return CandidateRanking(**vars(result), texts=[], **answer_measures([], [], []))
+    titles = [[catalogue.titles[place] for place in row] for row in listed]
+    aims = [catalogue.titles[place] for place in task.targets]
+    return CandidateRanking(**vars(result), texts=answers, **answer_measures(answers, titles, aims))
+
+
+RANKERS: dict[str, Callable[..., Ranking]] = {
+    "beam": rank_beam,
+    "beam_normalised": partial(rank_beam, normalise_length=True),
+    "likelihood": rank_likelihood,
+    "embedding": rank_embedding,
+    "candidates": rank_candidates,
+}
+
+
+def recommend(
+    checkpoint: str | Path, history: Sequence[object], k: int = 10, ranker: str = "beam"
+) -> tuple[list[object], list[float]]:
     """The next items for a person with this history, from a checkpoint that the study has trained.
 
     Args:
         checkpoint: a folder in Hugging Face format with the study's ``catalogue.csv`` (columns ``item``, ``title``).
         history: titles or item ids, oldest first.
-        k: how many items.
+        k: how many items; all of them where the catalogue has fewer.
+        ranker: a name of ``RANKERS`` that ranks the whole catalogue.
 
     Returns:
-        Item ids and their log-probabilities in nats, best first.
+        Item ids and their scores (for ``beam`` log-probabilities in nats), best first.
 
     Raises:
         StudyError: the folder has no catalogue, or a title or id is unknown (near titles are suggested).
     """
-    file = Path(checkpoint) / CATALOGUE_FILE
-    if not file.exists():
-        raise StudyError(f"{file} does not exist: give a checkpoint folder written by the study's training notebooks")
-    items = pd.read_csv(file)
+    rank = pick({name: each for name, each in RANKERS.items() if name != "candidates"}, ranker, "ranker of a catalogue")
+    items = read_catalogue(checkpoint)
+    prompt = prompt_text(titles_of(history, items))
     model, tokenizer = load_checkpoint(checkpoint)
-    titles = [_title_of(entry, dict(zip(items["item"], items["title"], strict=True))) for entry in history]
     catalogue = Catalogue.build(items, tokenizer)
-    prompts = encode_prompts(tokenizer, [prompt_text(titles)], _room(model, catalogue))
-    # A narrow beam may lose the best title on the way: short lists are cut from a list of ordinary width.
-    found, scores = beam_search(model.eval(), prompts, catalogue.trie, max(k, 20), tokenizer.pad_token_id)
-    return catalogue.items[found[0, :k].cpu().numpy()].tolist(), scores[0, :k].tolist()
+    mixture = Backdoor.load(Path(checkpoint)) if (Path(checkpoint) / BACKDOOR_FILE).exists() else None
+    # A narrow beam loses good titles on the way: short lists are cut from a long one. Rankers look for a target beside
+    # the list; any will do.
+    wide = max(k, 100) if k > 0 else k
+    found = rank(model, tokenizer, catalogue, [prompt], catalogue.items[:1].tolist(), wide, 1, mixture=mixture)
+    return found.items[0, :k].tolist(), found.scores[0, :k].tolist()
 
 
-def _room(model: nn.Module, catalogue: Catalogue) -> int:
-    """Tokens that the model's context leaves for a prompt beside the longest title."""
-    return model.config.max_position_embeddings - max(len(ids) for ids in catalogue.responses)
+def agreement(first: Ranking, second: Ranking) -> dict[str, float]:
+    """How alike the lists of two rankings of the same examples are, means over examples.
+
+    ``overlap``: share of the first list's items that the second list has; ``kendall_tau``: Kendall's tau-b of the
+    orders in which both have their common items (where they are two or more), 1 for the same order.
+    """
+    shared, orders = [], []
+    for ours, theirs in zip(first.items.tolist(), second.items.tolist(), strict=True):
+        place = {item: index for index, item in enumerate(theirs)}
+        common = [place[item] for item in ours if item in place]
+        shared.append(len(common) / len(ours))
+        if len(common) > 1:
+            orders.append(kendalltau(range(len(common)), common).statistic)
+    return {"overlap": float(np.mean(shared)), "kendall_tau": float(np.mean(orders)) if orders else float("nan")}
 
 
-def _title_of(entry: object, titles: Mapping[object, str]) -> str:
-    if entry in titles:
-        return titles[entry]
-    if entry in titles.values():
-        return str(entry)
-    near = get_close_matches(str(entry), [str(title) for title in titles.values()], n=3, cutoff=0.5)
-    raise StudyError(f"{entry!r} is neither an item id nor a title of the catalogue: the nearest titles are {near}")
+@dataclass
+class _Task:
+    """What every ranker starts from: checked arguments, encoded prompts per environment, and places of the targets."""
+
+    model: nn.Module
+    trie: Trie
+    catalogue: Catalogue
+    encoded: list[list[list[int]]]
+    log_prior: Tensor
+    targets: np.ndarray
+    masked: list[list[int]] | None
+    size: int
+    pad_id: int
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        catalogue: Catalogue,
+        prompts: Sequence[str],
+        targets: Sequence[object],
+        k: int,
+        masked: Sequence[Sequence[object]] | None,
+        mixture: Backdoor | None,
+    ) -> _Task:
+        if k < 1:
+            raise StudyError(f"k = {k} asks for lists without items: set it to 1 or more")
+        places = catalogue.positions(targets, "target")
+        hidden = None
+        if masked is not None:
+            hidden = [catalogue.positions(row, "masked").tolist() for row in masked]
+            left = len(catalogue.items) - max((len(set(row)) for row in hidden), default=0)
+            if left < min(k, len(catalogue.items)):
+                raise StudyError(f"masking leaves {left} titles for an example: set k to {left} or less, or mask fewer")
+        prefixes, prior = ([[]], [1.0]) if mixture is None else (mixture.tokens, mixture.prior)
+        config = decoder_and_head(model)[0].config
+        # Beyond a sliding window the masks used here would let titles see what the model does not.
+        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
+        room = min(limit for limit in [*limits, 2**31] if limit)
+        room -= catalogue.trie.paths.shape[1] + max(len(ids) for ids in prefixes)
+        if len(prompts):
+            check_boundary(tokenizer, prompts[0], response_text(catalogue.titles[0]))
+        plain = encode_prompts(tokenizer, prompts, room) if len(prompts) else []
+        encoded = [[with_environment(ids, tokens, tokenizer.bos_token_id) for ids in plain] for tokens in prefixes]
+        model.eval()
+        parameter = next(model.parameters())
+        if len(prompts):
+            check_exact(model, encoded[0][0], catalogue.responses[0], tokenizer.pad_token_id)
+        return cls(
+            model=model,
+            trie=catalogue.trie.to(parameter.device),
+            catalogue=catalogue,
+            encoded=encoded,
+            log_prior=torch.tensor(prior, device=parameter.device).log(),
+            targets=places,
+            masked=hidden,
+            size=min(k, len(catalogue.items)),
+            pad_id=tokenizer.pad_token_id,
+        )
+
+    def empty_lists(self, size: int | None = None) -> Ranking:
+        count, size = len(self.encoded[0]), self.size if size is None else size
+        return Ranking(
+            np.empty((count, size), dtype=self.catalogue.items.dtype),
+            np.empty((count, size), dtype=np.float32),
+            np.empty(count, dtype=np.int64),
+            np.empty(count, dtype=np.float32),
+        )
+
+    def batches(self, batch_size: int) -> Iterator[tuple[list[int], list[Reading]]]:
+        """Rows of similar length, and their prompts read in each environment."""
+        for chunk in batches_by_length(self.encoded[0], batch_size):
+            rows = [[encoded[row] for row in chunk] for encoded in self.encoded]
+            yield chunk, [read_prompts(self.model, prompts, self.pad_id) for prompts in rows]
+
+    def places(self, chunk: list[int]) -> Tensor:
+        """Catalogue positions (B, 1) of targets, on the model's device."""
+        return torch.from_numpy(self.targets[chunk]).to(self.trie.leaf.device)[:, None]
+
+    def mix(self, logps: Sequence[Tensor]) -> Tensor:
+        """log sum_k prior_k p_k of log-probabilities given per environment."""
+        if len(logps) == 1:
+            return logps[0]
+        return torch.logsumexp(torch.stack(list(logps)) + self.log_prior[:, None, None], dim=0)
+
+    def target_logps(self, chunk: list[int], readings: Sequence[Reading]) -> np.ndarray:
+        """log pi_C of the targets, (B,)."""
+        places = self.places(chunk)
+        found = self.mix([title_logps(each, places, self.trie, constrained=True) for each in readings])
+        return found[:, 0].cpu().numpy()
+
+    def fill(self, result: Ranking, chunk: list[int], scores: Tensor) -> None:
+        """Lists and ranks of a chunk from scores (B, titles)."""
+        own = scores.gather(1, self.places(chunk))
+        if self.masked is not None:
+            scores = scores.clone()
+            for row, index in enumerate(chunk):
+                scores[row, self.masked[index]] = MINUS_INFINITY
+        rank = (scores >= own).sum(1).cpu().numpy() - 1
+        if self.masked is not None:
+            hidden = np.array([self.targets[index] in self.masked[index] for index in chunk], dtype=bool)
+            rank = np.where(hidden, len(self.catalogue.items), rank)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : self.size]
+        result.items[chunk] = self.catalogue.items[order.cpu().numpy()]
+        result.scores[chunk] = scores.gather(1, order).cpu().numpy()
+        result.rank[chunk] = rank
+
+
+def _shares(task: _Task, batch_size: int, constrained: bool, piece: int) -> Iterator[tuple[list[int], Tensor]]:
+    """Log-probabilities (B, titles) over the catalogue that sum to 1, batch by batch."""
+    parts = pieces(task.trie, piece)
+    for chunk, readings in task.batches(batch_size):
+        logps = task.mix([catalogue_logps(reading, task.trie, parts, constrained) for reading in readings])
+        yield chunk, torch.log_softmax(logps, dim=-1)
+
+
+def _refuse(mixture: Backdoor | None) -> None:
+    if mixture is not None:
+        raise StudyError(
+            "a mixture over environments writes no text of its own: rank this checkpoint by 'beam' or 'likelihood'"
+        )
