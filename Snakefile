@@ -21,9 +21,10 @@ workdir: str(ROOT)
 
 STUDY = studies.load_study(str(config.get("study", "quick")))
 JOBS = studies.jobs(STUDY)
-SETTINGS = dict.fromkeys(job.setting for job in JOBS)
 FOLDER = shown(STUDY.folder)
-TABLES = [f"{FOLDER}/{name}.csv" for name in (*running.TABLES, *(f"points-{setting}" for setting in SETTINGS))]
+TABLES = [f"{FOLDER}/{name}.csv" for name in running.tables_of(STUDY)]
+READING = running.reading(STUDY)
+WRITER = running.writer(STUDY)
 CODE = {stage: pipeline.code_digest(stage) for stage in pipeline.STAGES}
 PYTHON = sys.executable
 THREADS = int(config.get("threads", 1))
@@ -40,54 +41,66 @@ def summary(folder):
     return f"{shown(folder)}/summary.json"
 
 
+def end(job):
+    """What a run leaves for the tables: in a study of data alone, the sentence that refused it counts as well."""
+    return shown(STUDY.outcome(job.setting)) if STUDY.data_only else summary(job.folder)
+
+
+# A refusal is the notebook's own sentence; a cell that broke ("Cell 3 of ...") fails the step, as everywhere.
+REFUSED = "grep '^error: ' {log.txt:q} | tail -n 1 | grep -Ev '^error: Cell |kernel died' > {output:q}"
+COMMAND = NOTEBOOK + " -y {params.parameters:q} > {log.txt:q} 2>&1"
+if STUDY.data_only:
+    COMMAND = f"if ({COMMAND}); then : > {{output:q}}; else {REFUSED}; fi"
+
+
 # Every run is a target of its own: Snakemake would not miss a lost one as long as the tables are there.
 rule all:
     input:
-        sorted({summary(job.folder) for job in JOBS}),
+        sorted({end(job) for job in JOBS}),
         TABLES,
-        [f"{FOLDER}/notebooks/.{name}.done" for name in running.READING],
+        [f"{FOLDER}/notebooks/.{name}.done" for name in READING],
 
 
-for folder, job in {job.folder: job for job in JOBS}.items():
+for target, job in {end(job): job for job in JOBS}.items():
 
     rule:
         name:
-            re.sub(r"\W", "_", f"{job.stage}_{folder.parent.name}_{folder.name}")
+            re.sub(r"\W", "_", f"{job.stage}_{job.setting}_{job.folder.name}")
         message:
             job.label
         input:
             **{key: summary(upstream) for key, upstream in job.inputs.items()},
         output:
-            summary(folder),
+            target,
         log:
-            nb=f"{shown(folder)}/notebook.ipynb",
-            txt=f"{shown(folder)}/log.txt",
+            nb=f"{shown(job.folder)}/notebook.ipynb",
+            txt=f"{shown(job.folder)}/log.txt",
         params:
             notebook=job.notebook,
             code=CODE[job.stage],
             parameters=text(json.dumps(job.parameters, sort_keys=True)),
         threads: THREADS
         shell:
-            NOTEBOOK + " -y {params.parameters:q} > {log.txt:q} 2>&1"
+            COMMAND
 
 
 rule tables:
     message:
         f"tables of {STUDY.name}"
     input:
-        sorted({summary(job.folder) for job in JOBS}),
+        sorted({end(job) for job in JOBS}),
     output:
         TABLES,
     log:
         txt=f"{FOLDER}/tables.log.txt",
     params:
-        code=sources.function_digest("tables", "write"),
+        code=sources.function_digest(WRITER, "write"),
         study=text(shown(STUDY.path.resolve())),
     shell:
-        "exec {PYTHON:q} -m causaldpo_lib.tables {params.study:q} > {log.txt:q} 2>&1"
+        "exec {PYTHON:q} -m causaldpo_lib.{WRITER} {params.study:q} > {log.txt:q} 2>&1"
 
 
-for name in running.READING:
+for name in READING:
 
     rule:
         name:

@@ -1,7 +1,7 @@
 """A file of ratings as large as MovieLens-10M, in its publisher's format, made up: the real one may not be passed on.
 
-``python -m benchmarks.publisher_files FOLDER [--ratings N]`` writes ``ratings.dat`` and ``movies.dat`` as `ml-10m` reads
-them. Users and films shrink with the ratings, so that sizes compare: 1M ratings is a tenth of everything.
+``python -m benchmarks.publisher_files FOLDER [--ratings N]`` writes ``ratings.dat`` and ``movies.dat`` as `ml-10m`
+reads them. Users and films shrink with the ratings, so that sizes compare: 1M ratings is a tenth of everything.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def write_movielens(folder: Path, ratings: int = RATINGS, seed: int = 0) -> tupl
     film) is repeated.
 
     Args:
-        ratings: rows of ``ratings.dat``; users and films in proportion to the whole set's.
+        ratings: rows of ``ratings.dat``; users in proportion to the whole set's, films too where they suffice.
         seed: of everything.
 
     Returns:
         ratings, users, films: the numbers written.
     """
     rng = np.random.default_rng(seed)
-    users, movies = (max(round(count * ratings / RATINGS), 2) for count in (USERS, MOVIES))
-    movies = max(movies, 4 * LEAST)
+    users = max(round(USERS * ratings / RATINGS), 1)
+    movies = max(round(MOVIES * ratings / RATINGS), 4 * RATINGS // USERS)  # four times what a user rates on average
     folder.mkdir(parents=True, exist_ok=True)
     lengths = _lengths(ratings, users, movies, rng)
     user = np.repeat(np.arange(1, users + 1), lengths)

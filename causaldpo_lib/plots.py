@@ -522,3 +522,142 @@ def setting_histograms(histograms: pd.DataFrame, quantity: str, label: str) -> F
     fig.supylabel("share of the split (%)", fontsize=9)
     legend_below(fig)
     return fig
+
+
+# --- The method, step by step (notebook 11) ---
+
+
+def response_points(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Responses by their log-probability under the reference and under the policy; on the diagonal the reward is 0.
+
+    Columns: response (``chosen`` or ``rejected``), reference and policy (nats).
+    """
+    low = table[["reference", "policy"]].to_numpy().min()
+    ax.axline((low, low), slope=1, color="black", lw=0.9, label="reward 0")
+    for response, colour, marker in (("rejected", "#6E6E6E", "x"), ("chosen", "#0072B2", "o")):
+        rows = table[table["response"] == response]
+        ax.plot(rows["reference"], rows["policy"], marker, color=colour, ms=4.5, label=response)
+    ax.set_xlabel("log-probability under the reference (nats)")
+    ax.set_ylabel("under the policy (nats)")
+    return ax
+
+
+def environment_colour(environment: int) -> str:
+    """The colour of an environment by its number."""
+    return PALETTE[environment % len(PALETTE)]
+
+
+def membership_bars(ax: Axes, memberships: np.ndarray, owners: np.ndarray) -> Axes:
+    """One bar per example, cut into its memberships (B, K); ``owners`` (B,), sorted: its largest, marked below."""
+    below = np.zeros(len(memberships))
+    for environment, column in enumerate(memberships.T):
+        style = {"color": environment_colour(environment), "label": f"environment {environment}"}
+        ax.bar(range(len(column)), column, 0.85, bottom=below, **style)
+        below += column
+    _mark_owners(ax, owners)
+    ax.set_ylim(0, 1)
+    ax.set_ylabel("membership")
+    return ax
+
+
+def kernel_matrix(ax: Axes, kernel: np.ndarray, owners: np.ndarray) -> Axes:
+    """Kernel values (B, B) of examples ordered by environment (``owners``, sorted), the blocks outlined."""
+    image = ax.imshow(kernel, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    ax.figure.colorbar(image, ax=ax, label="kernel value", shrink=0.85)
+    for edge in np.flatnonzero(np.diff(owners)) + 0.5:
+        ax.axhline(edge, color="white", lw=0.9)
+        ax.axvline(edge, color="white", lw=0.9)
+    _mark_owners(ax, owners)
+    ax.set_yticks(ax.get_xticks(), np.unique(owners))
+    ax.grid(visible=False)
+    return ax
+
+
+def pair_matrix(ax: Axes, values: np.ndarray) -> Axes:
+    """One number per pair of environments, (K, K) and symmetric, written out in the lower triangle."""
+    count = len(values)
+    lower = np.where(np.tri(count, k=-1, dtype=bool), values, np.nan)
+    ax.imshow(lower, cmap="Blues", vmin=0, interpolation="nearest")
+    for m, n in zip(*np.tril_indices(count, -1), strict=True):
+        dark = values[m, n] > 0.6 * np.nanmax(lower)
+        ax.text(n, m, f"{values[m, n]:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    ax.set_xticks(range(count))
+    ax.set_yticks(range(count))
+    ax.set_xlabel("environment")
+    ax.set_ylabel("environment")
+    ax.grid(visible=False)
+    return ax
+
+
+def reward_pulls(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Chosen rewards, a row per environment, each with an arrow along the penalty's push; a bar is the weighted mean.
+
+    Columns: environment (an example's largest membership), reward, push (signed, as long as it is to be drawn) and mean
+    (of the environment, all memberships counted).
+    """
+    present = list(table["environment"].unique())
+    for row, environment in enumerate(present):
+        rows = table[table["environment"] == environment]
+        spread = row + (np.linspace(-0.32, 0.32, len(rows)) if len(rows) > 1 else np.zeros(1))
+        colour = environment_colour(environment)
+        ax.plot(rows["reward"], spread, "o", color=colour, ms=3.5)
+        arrow = {"arrowstyle": "-|>,head_width=0.16,head_length=0.28", "color": colour, "lw": 1.1, "shrinkA": 0}
+        for reward, y, push in zip(rows["reward"], spread, rows["push"], strict=True):
+            ax.annotate("", (reward + push, y), (reward, y), arrowprops=arrow | {"shrinkB": 0})
+        ax.vlines(rows["mean"].iloc[0], row - 0.42, row + 0.42, color="black", lw=1.6)
+    _name_rows(ax, [f"{environment}" for environment in present])
+    ax.set_xlabel("reward of the chosen response")
+    ax.set_ylabel("environment")
+    return ax
+
+
+def pushes(ax: Axes, table: pd.DataFrame) -> Axes:
+    """What gradient descent would add to each chosen reward: bars for DPO alone, dots with both terms.
+
+    Columns, ordered by environment: environment, preference, total.
+    """
+    x = np.arange(len(table))
+    ax.bar(x, table["preference"], 0.85, color=look("dpo").colour, alpha=0.45, label="DPO alone")
+    ax.plot(x, table["total"], "D", color=look("causal_dpo").colour, ms=3.5, label="DPO and penalty")
+    ax.axhline(0, color="black", lw=0.9)
+    _mark_owners(ax, table["environment"].to_numpy())
+    ax.set_ylabel("push on the chosen reward")
+    return ax
+
+
+def _mark_owners(ax: Axes, owners: np.ndarray) -> None:
+    """Name the runs of equal ``owners`` (B,) under the horizontal axis, with a light line between them."""
+    present = np.unique(owners)
+    ax.set_xticks([np.flatnonzero(owners == k).mean() for k in present], present)
+    for edge in np.flatnonzero(np.diff(owners)) + 0.5:
+        ax.axvline(edge, color="white", lw=0.9)
+    ax.tick_params(axis="x", length=0)
+    ax.set_xlim(-0.5, len(owners) - 0.5)
+    ax.set_xlabel("examples by their environment")
+    ax.grid(axis="x", visible=False)
+
+
+def variant_lines(ax: Axes, table: pd.DataFrame, x: str, y: str) -> Axes:
+    """One quantity against another, a colour and a dash per variant, a thin line per run of it.
+
+    Columns: variant, ``x``, ``y``, and optionally run.
+    """
+    dashes = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+    for index, (variant, rows) in enumerate(table.groupby("variant", sort=False)):
+        style = {"color": ("#D55E00", "#0072B2", "#009E73")[index % 3], "ls": dashes[index % 3]}
+        lines = [line for _, line in rows.groupby("run")] if "run" in rows else [rows]
+        for position, line in enumerate(lines):
+            label = None if position else variant
+            ax.plot(line[x], line[y], lw=1.6 if len(lines) == 1 else 0.9, label=label, **style)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    return ax
+
+
+def null_histogram(ax: Axes, draws: np.ndarray, observed: float, expected: float) -> Axes:
+    """A statistic on memberships dealt at random, its mean by the formula (dashed), and the batch's own (solid)."""
+    ax.hist(draws, 40, color="#BDBDBD", label="memberships dealt at random")
+    ax.axvline(expected, color="#0072B2", ls=(0, (4, 2)), label="expected of these")
+    ax.axvline(observed, color="#D55E00", label="the batch's own memberships")
+    _label_y(ax, "draws")
+    return ax

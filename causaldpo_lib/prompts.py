@@ -7,9 +7,12 @@ it: supervised fine-tuning, alignment and ranking then see the same tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from causaldpo_lib.errors import StudyError
@@ -30,13 +33,47 @@ def response_text(title: str) -> str:
 
 def prompt_table(examples: pd.DataFrame, titles: Mapping[object, str]) -> pd.DataFrame:
     """Prompts and chosen responses of examples (columns ``history`` and ``item``), one row per example, same index."""
-    return pd.DataFrame(
-        {
-            "prompt": [prompt_text([titles[item] for item in history]) for history in examples["history"]],
-            "chosen": [response_text(titles[item]) for item in examples["item"]],
-        },
-        index=examples.index,
-    )
+    parts = [part.to_pandas() for part in prompt_batches(examples, titles)]
+    return pd.concat(parts or [_NO_PROMPTS], ignore_index=True).set_axis(examples.index)
+
+
+def prompt_batches(
+    examples: pd.DataFrame | pa.Table, titles: Mapping[object, str], size: int = 1 << 16
+) -> Iterator[pa.Table]:
+    """The same in Arrow and lazily, ``size`` examples at a time, so that millions of prompts need not be held at once.
+
+    Args:
+        examples: columns ``history`` (item ids) and ``item``, in pandas or Arrow.
+        titles: item id -> title, of every item named.
+        size: examples a batch at most.
+
+    Yields:
+        columns ``prompt`` and ``chosen``, in the order of ``examples``.
+
+    Raises:
+        StudyError: an item has no title.
+    """
+    titles = pd.Series(titles)
+    texts = pa.array(titles, pa.string())
+    head, tail = TEMPLATE.split("{history}")
+
+    def name(items: pa.Array) -> pa.Array:
+        found = titles.index.get_indexer(items.to_pandas())
+        if (found < 0).any():
+            unknown = items[int(found.argmin())].as_py()
+            raise StudyError(f"item {unknown!r} of an example has no title: add it to the items")
+        return texts.take(pa.array(found))
+
+    for begin in range(0, len(examples), size):
+        part = examples[begin : begin + size]
+        history, item = (pa.table({key: part[key]})[key].combine_chunks() for key in ("history", "item"))
+        ends = np.cumsum(pc.list_value_length(history))
+        named = pa.ListArray.from_arrays(np.append(0, ends).astype(np.int32), name(history.flatten()))
+        prompt = pc.binary_join_element_wise(head, pc.binary_join(named, SEPARATOR), tail, "")
+        yield pa.table({"prompt": prompt, "chosen": pc.binary_join_element_wise(response_text(""), name(item), "")})
+
+
+_NO_PROMPTS = pd.DataFrame({"prompt": [], "chosen": []}, dtype=str)
 
 
 def encode_prompts(

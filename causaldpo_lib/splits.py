@@ -1,8 +1,8 @@
 """Shifts between training and test, as data: one table of positive interactions with a column ``split``.
 
-Every shift marks the interactions of the out-of-distribution test; the rest is cut at random into train,
-validation and iid test. Sources: CausalDPO's Appendix B.1 (arXiv 2603.22335), with the readings stated at
-each shift.
+Every shift marks the interactions of the out-of-distribution test; the rest is cut into train, validation and iid
+test. Sources: CausalDPO's Appendix B.1 (arXiv 2603.22335), with the readings stated at each shift. What the paper
+leaves open is a named option with a default: those of `select_positives`, `cut_inner`, `drop_unseen` and the shift.
 
 The leakage rule (`histories`): prompts hold training interactions of strictly earlier time only, so no
 held-out (user, item) pair appears in any prompt or training target of train, validation and iid test.
@@ -12,17 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from causaldpo_lib.cuts import codes, flattest, latest, run_starts
 from causaldpo_lib.data.interactions import Interactions
 from causaldpo_lib.data.options import check_options, options_of
 from causaldpo_lib.errors import StudyError, pick
+from causaldpo_lib.exposure import expose
 
 SPLIT_NAMES = ("train", "validation", "iid_test", "ood_test")
 GROUPS = ("G1", "G2", "G3", "G4", "G5")
+CHUNK = 1 << 20  # examples whose histories are gathered at a time, which bounds what is held beside the result
 
 
 # --- Shifts: positives -> which of them are the out-of-distribution test ---
@@ -35,27 +40,25 @@ def iid(positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float =
     return ood
 
 
-def popularity(positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float = 0.2) -> np.ndarray:
+def popularity(
+    positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float = 0.2, cap: int = 0
+) -> np.ndarray:
     """Balanced popularity in the test: as few interactions of each item as reach ``ood_share`` together.
 
-    Item i with n_i interactions gives min(c, n_i // 2) at random, with the smallest cap c whose sum reaches
-    the target; the surplus is taken back at random from the items that gave c. So the test's histogram over
+    Item i with n_i interactions gives min(c, n_i // 2) at random, with the smallest c whose sum reaches the
+    target; the surplus is taken back at random from the items that gave c. So the test's histogram over
     items is as flat as it can be while every item keeps at least half of its interactions. (The paper:
-    "maintaining a balanced distribution of item popularity", no rule given.)
-    """
-    counts = positives["item"].value_counts()
-    target = round(ood_share * len(positives))
-    caps = np.arange(1, max(2, int(counts.max()) // 2 + 1))
-    reached = np.array([np.minimum(cap, counts.to_numpy() // 2).sum() for cap in caps])
-    cap = caps[np.argmax(reached >= target)] if reached[-1] >= target else caps[-1]
+    "maintaining a balanced distribution of item popularity", no rule given.) A ``cap`` other than 0 bounds c, and
+    the test is then as small as that makes it.
 
-    rank = _rank_within_item(positives, rng)
-    half = positives["item"].map(counts).to_numpy() // 2
-    ood = rank < np.minimum(cap, half)
-    surplus = max(int(ood.sum()) - target, 0)
-    last = np.flatnonzero(ood & (rank == cap - 1))  # removing one of these keeps every count at c or c - 1
-    ood[rng.choice(last, min(surplus, len(last)), replace=False)] = False
-    return ood
+    Raises:
+        StudyError: a negative cap.
+    """
+    if cap < 0:
+        raise StudyError(f"option 'cap' of shift 'popularity' must be 0 (no cap) or more, not {cap}")
+    item = codes(positives["item"])
+    most = np.bincount(item) // 2
+    return flattest(item, np.minimum(most, cap) if cap else most, round(ood_share * len(positives)), rng)
 
 
 def temporal(
@@ -69,19 +72,16 @@ def temporal(
     Raises:
         StudyError: the data have no times, or an unknown scope.
     """
-    scopes = {"global": pd.Series(0, index=positives.index), "user": positives["user"]}
-    group = pick(scopes, scope, "scope of shift 'temporal'")
-    if "time" not in positives:
-        raise StudyError("shift 'temporal' needs a column 'time', which the data lack: choose another shift")
-    ordered = positives.assign(group=group).sort_values(["group", "time", "item"], kind="stable")
-    groups = ordered.groupby("group", sort=False)
-    position, size = groups.cumcount(), groups["item"].transform("size")
-    ties = position.groupby([ordered["group"], ordered["time"]])
-    begin, end = ties.transform("min"), ties.transform("max") + 1
-    wished = size - (ood_share * size).round().astype(int)
-    nearer = begin.where((wished - begin <= end - wished) & (begin > 0), end)  # read at the wished cut only
-    cut = nearer.where(position.eq(wished)).groupby(ordered["group"]).transform("max").fillna(size)
-    return (position >= cut).reindex(positives.index).to_numpy()
+    column = pick({"global": None, "user": "user"}, scope, "scope of shift 'temporal'")
+    time = _times(positives, "shift 'temporal'", "choose another shift")
+    return latest(codes(positives[column]) if column else np.zeros(len(time), dtype=int), time, ood_share)
+
+
+def _times(table: pd.DataFrame, what: str, remedy: str) -> np.ndarray:
+    """(N,) the column ``time``, which ``what`` cannot do without."""
+    if "time" not in table:
+        raise StudyError(f"{what} needs a column 'time', which the data lack: {remedy}")
+    return table["time"].to_numpy()
 
 
 def environment(positives: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
@@ -95,17 +95,69 @@ def environment(positives: pd.DataFrame, rng: np.random.Generator) -> np.ndarray
     return positives["regime"].eq(1).to_numpy()
 
 
+def mixed(positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float = 0.2) -> np.ndarray:
+    """Both pools of the mixed test: the latest ``ood_share`` of all, and `popularity`'s share of what is earlier.
+
+    The pools are disjoint, as one lies after the global cut in time and one before it; `draw_mixture` draws the test
+    from them. Training is what is earlier than the cut and in neither pool.
+
+    Raises:
+        StudyError: the data have no times.
+    """
+    _times(positives, "shift 'mixed'", "choose another shift")
+    ood = temporal(positives, rng, ood_share=ood_share)
+    ood[~ood] = popularity(positives[~ood], rng, ood_share=ood_share)
+    return ood
+
+
+# --- Shifts whose test is completed once the rest is cut: (split, all ratings, rng, **options) -> split ---
+
+
+def draw_mixture(
+    split: pd.DataFrame,
+    ratings: pd.DataFrame,
+    rng: np.random.Generator,
+    *,
+    ood_share: float = 0.2,
+    popular_share: float = 0.8,
+) -> pd.DataFrame:
+    """Draw the mixed test without replacement: ``popular_share`` from the popularity pool, the rest from the future.
+
+    The shares are exact: with popular_share = a / b, the test has b k interactions for the largest k that both pools
+    can serve, T = min(|O1| / share, |O2| / (1 - share)) up to that rounding. What is not drawn is in no split. (B.1:
+    80 % and 20 %; that interactions are its unit is this study's reading.)
+
+    Raises:
+        StudyError: ``popular_share`` is not between 0 and 1.
+    """
+    if not 0 < popular_share < 1:
+        raise StudyError(f"option 'popular_share' must lie between 0 and 1, not {popular_share}")
+    share = Fraction(popular_share).limit_denominator(100)
+    parts = (share.numerator, share.denominator - share.numerator)
+    future = temporal(split, rng, ood_share=ood_share)
+    ood = split["split"].eq("ood_test").to_numpy()
+    pools = [np.flatnonzero(ood & ~future), np.flatnonzero(future)]
+    times = min(len(pool) // part for pool, part in zip(pools, parts, strict=True))
+    kept = ~ood
+    for pool, part in zip(pools, parts, strict=True):
+        kept[rng.choice(pool, times * part, replace=False)] = True
+    return split[kept]
+
+
 @dataclass(frozen=True)
 class Shift:
     """A way to make the out-of-distribution test.
 
     Attributes:
         rule: ``(positives, rng, **options) -> (N,) bool``.
+        complete: ``(split, ratings, rng, **options) -> split``, what is done to the test once the rest is cut;
+            ``ratings`` are all of the data's, positive or not. None: nothing.
         all_regimes: it sees the simulator's regime 1 too.
         exchangeable: its ood_test is drawn as its iid_test is, and is to stay so.
     """
 
     rule: Callable[..., np.ndarray]
+    complete: Callable[..., pd.DataFrame] | None = None
     all_regimes: bool = False
     exchangeable: bool = False
 
@@ -115,6 +167,8 @@ SPLITS: dict[str, Shift] = {
     "popularity": Shift(popularity),
     "temporal": Shift(temporal, all_regimes=True),
     "environment": Shift(environment, all_regimes=True),
+    "exposure": Shift(iid, complete=expose),
+    "mixed": Shift(mixed, complete=draw_mixture, all_regimes=True),
 }
 
 
@@ -123,23 +177,29 @@ def make_split(shift: str, interactions: Interactions, seed: int, **options: Any
 
     Args:
         shift: a name in ``SPLITS``.
-        interactions: the data. On ``simulated``, ``iid`` and ``popularity`` use regime 0 only.
+        interactions: the data. On ``simulated``, ``iid``, ``popularity`` and ``exposure`` use regime 0 only.
         seed: same seed, same rows; a study fixes one.
-        options: those of `select_positives`, `cut_inner` and the shift's own function.
+        options: those of `select_positives` (whose rule for positives is by default the dataset's own),
+            `cut_inner`, `drop_unseen` and the shift's own function or functions.
 
     Returns:
-        columns user, item, time (where it exists), environment (simulator) and split, sorted by user, time,
-        item. Without times each user's rows come in a seeded random order, which stands for time in
-        `histories`. ``attrs["running_on"]`` tells `histories` whether a global cut in time was made.
+        columns user, item, time (where it exists), environment (simulator), split and, under ``exposure``,
+        imputed; sorted by user, time, item. Without times each user's rows come in a seeded random order, which
+        stands for time in `histories`. ``attrs["running_on"]`` tells `histories` whether a global cut in time was
+        made.
 
     Raises:
         StudyError: an unknown shift or option, or data of which a split would be empty.
     """
     chosen = pick(SPLITS, shift, "shift")
-    functions = (select_positives, cut_inner, chosen.rule)
+    functions = [select_positives, cut_inner, drop_unseen, chosen.rule, *filter(None, [chosen.complete])]
     known = {name: default for function in functions for name, default in options_of(function).items()}
+    known |= {"positive_threshold": interactions.positive_threshold, "strict": interactions.strict}
     options = known | check_options(options, known, f"shift {shift!r}")
-    filters, inner, own = ({name: options[name] for name in options_of(function)} for function in functions)
+    filters, inner, unseen, own, last = (
+        {name: options[name] for name in options_of(function)} if function else {}
+        for function in (select_positives, cut_inner, drop_unseen, chosen.rule, chosen.complete)
+    )
     if not 0 < own.get("ood_share", 0.5) < 1:
         raise StudyError(f"option 'ood_share' must lie between 0 and 1, not {own['ood_share']}")
     if seed < 0:
@@ -155,8 +215,11 @@ def make_split(shift: str, interactions: Interactions, seed: int, **options: Any
         positives = positives.sort_values("user", kind="stable", ignore_index=True)
     ood = chosen.rule(positives, rng, **own)
     split = cut_inner(positives, ood, rng, chosen.exchangeable, **inner)
-    columns = [name for name in ("user", "item", "time", "environment", "split") if name in split]
-    result = split[columns]
+    if chosen.complete:
+        split = chosen.complete(split, table, rng, **last)
+    split = drop_unseen(split, **unseen)
+    columns = [name for name in ("user", "item", "time", "environment", "split", "imputed") if name in split]
+    result = split[columns].reset_index(drop=True)
     for name in SPLIT_NAMES:
         if not result["split"].eq(name).any():
             raise StudyError(
@@ -174,31 +237,44 @@ def select_positives(
     strict: bool = False,
     min_user: int = 5,
     min_item: int = 1,
+    filter_order: str = "positives_first",
+    iterative: bool = True,
 ) -> pd.DataFrame:
     """Keep the positive interactions of users and items that have enough of them.
 
     Positive: a rating of at least ``positive_threshold``, or above it if ``strict`` (the paper's rule).
-    Enough: ``min_user`` a user and ``min_item`` an item, applied until both hold.
+    Enough: ``min_user`` a user and ``min_item`` an item. With ``filter_order`` ``positives_first`` both count positive
+    interactions, and are applied until both hold, or once to the same counts if not ``iterative``; with
+    ``users_first`` a user's interactions of any rating count, before the positive ones are taken.
 
     Raises:
-        StudyError: nothing is left.
+        StudyError: an unknown order, or nothing is left.
     """
-    rating = table["rating"]
-    kept = table[rating > positive_threshold if strict else rating >= positive_threshold]
-    while True:
-        of_user = kept.groupby("user")["item"].transform("size")
-        of_item = kept.groupby("item")["user"].transform("size")
-        enough = (of_user >= min_user) & (of_item >= min_item)
-        if enough.all():
-            break
-        kept = kept[enough]
+    users_first = pick({"positives_first": False, "users_first": True}, filter_order, "filter order")
+    kept = _with_enough(table, min_user, 1, False) if users_first else table
+    rating = kept["rating"]
+    kept = kept[rating > positive_threshold if strict else rating >= positive_threshold]
+    kept = _with_enough(kept, 1 if users_first else min_user, min_item, iterative)
     if kept.empty:
         rule = f"rating {'>' if strict else '>='} {positive_threshold:g}"
         raise StudyError(
-            f"none of {len(table)} interactions is left after the filters ({rule}, then min_user={min_user} "
-            f"and min_item={min_item}): lower these options"
+            f"none of {len(table)} interactions is left after the filters ({rule}, min_user={min_user}, "
+            f"min_item={min_item}, {filter_order}): lower these options"
         )
     return kept.reset_index(drop=True)
+
+
+def _with_enough(table: pd.DataFrame, min_user: int, min_item: int, iterative: bool) -> pd.DataFrame:
+    """Rows of users with ``min_user`` rows and items with ``min_item``, once or until both hold (a k-core)."""
+    user, item = codes(table["user"]), codes(table["item"])
+    rows = np.arange(len(table))
+    while True:
+        enough = (np.bincount(user)[user] >= min_user) & (np.bincount(item)[item] >= min_item)
+        if enough.all():
+            return table.iloc[rows] if len(rows) < len(table) else table
+        rows, user, item = rows[enough], user[enough], item[enough]
+        if not iterative:
+            return table.iloc[rows]
 
 
 def cut_inner(
@@ -208,36 +284,77 @@ def cut_inner(
     exchangeable: bool = False,
     *,
     inner: tuple[float, ...] = (7, 1, 2),
+    inner_order: str = "random",
 ) -> pd.DataFrame:
-    """Add ``split``: ood_test where ``ood``, else train, validation, iid_test at random, as ``inner``.
+    """Add ``split``: ood_test where ``ood``, else train, validation, iid_test in the shares of ``inner``.
 
-    An item of the OOD test that has interactions in the rest has one in train: if chance gave it none, one
+    ``inner_order`` is ``random``, which makes iid_test what its name says, or ``chronological``: train before
+    validation before iid_test, cut in time as `temporal` does for all users at once. (The paper gives the shares
+    alone; its authors' released splits of a sibling project are 5:1:2.)
+
+    An item of the OOD test that has interactions in the rest has one in train: if the cut gave it none, one
     moves there. Where both tests are to stay exchangeable, every item has one, taken from whichever part.
 
     Raises:
-        StudyError: ``inner`` is not three positive numbers.
+        StudyError: ``inner`` is not three positive numbers, an unknown order, or no times for the chronological one.
     """
     if len(inner) != 3 or not all(isinstance(part, int | float) and part > 0 for part in inner):
         raise StudyError(f"option 'inner' must be three positive numbers (train, validation, iid_test), not {inner}")
-    rest = rng.permutation(np.flatnonzero(~ood))
-    edges = np.rint(np.cumsum(inner) / np.sum(inner) * len(rest)).astype(int)
-    names = np.empty(len(positives), dtype=object)
-    names[ood] = "ood_test"
-    for name, part in zip(SPLIT_NAMES, np.split(rest, edges[:2]), strict=False):
-        names[part] = name
+    rest = np.flatnonzero(~ood)
+    part = np.full(len(positives), SPLIT_NAMES.index("ood_test"))
+    if pick({"random": False, "chronological": True}, inner_order, "option 'inner_order'"):
+        time = _times(positives, "'inner_order' chronological", "choose random")[rest]
+        tested = latest(np.zeros(len(rest), dtype=int), time, inner[2] / sum(inner))
+        early = np.flatnonzero(~tested)
+        part[rest] = 2 * tested
+        part[rest[early]] = latest(np.zeros(len(early), dtype=int), time[early], inner[1] / sum(inner[:2]))
+    else:
+        edges = np.rint(np.cumsum(inner) / np.sum(inner) * len(rest)).astype(int)
+        part[rng.permutation(rest)] = np.repeat([0, 1, 2], np.diff(edges, prepend=0))
 
-    item = positives["item"]
-    untrained = ~item.isin(item[names == "train"])
-    movable = untrained if exchangeable else untrained & item.isin(item[ood]) & ~ood
-    moved = item[movable].sample(frac=1, random_state=rng).drop_duplicates().index
-    names[moved] = "train"
-    return positives.assign(split=names.astype(str))
+    item = codes(positives["item"])
+    trained, tested = np.zeros((2, item.max() + 1), dtype=bool)
+    trained[item[part == 0]] = True
+    tested[item[ood]] = True
+    movable = ~trained[item] if exchangeable else ~trained[item] & tested[item] & ~ood
+    moved = positives["item"][movable].sample(frac=1, random_state=rng).drop_duplicates().index
+    part[moved] = 0
+    return positives.assign(split=pd.Index(SPLIT_NAMES).take(part).array)
+
+
+def drop_unseen(split: pd.DataFrame, *, unseen: str = "keep") -> pd.DataFrame:
+    """What becomes of OOD interactions whose item has none in train, such as a new item of the test period.
+
+    ``keep`` keeps them: a new item is part of a shift in time. ``drop`` leaves them out, as the authors' released
+    splits of a sibling project do. Under ``popularity`` there are none (see `cut_inner`).
+
+    Raises:
+        StudyError: an unknown choice.
+    """
+    if not pick({"keep": False, "drop": True}, unseen, "option 'unseen'"):
+        return split
+    trained = split["item"].isin(split.loc[split["split"].eq("train"), "item"].unique())
+    return split[trained | split["split"].ne("ood_test")]
 
 
 # --- Prompts' histories ---
 
 
 def histories(split: pd.DataFrame, max_history: int = 10, running_on: bool | None = None) -> pd.DataFrame:
+    """`history_table` in pandas, where a Python list an example is no burden.
+
+    Returns:
+        its columns; ``attrs["dropped"]`` counts the rows left out by split.
+    """
+    table = history_table(split, max_history, running_on)
+    examples = table.drop_columns("history").to_pandas()
+    examples.insert(table.schema.get_field_index("history"), "history", table["history"].to_pylist())
+    dropped = split["split"].value_counts().sub(examples["split"].value_counts(), fill_value=0)
+    examples.attrs["dropped"] = {name: int(dropped.get(name, 0)) for name in SPLIT_NAMES}
+    return examples
+
+
+def history_table(split: pd.DataFrame, max_history: int = 10, running_on: bool | None = None) -> pa.Table:
     """One example a row of ``split``: its item is the target, its history the user's earlier training items.
 
     Earlier means strictly earlier in time; in a table without times, in an earlier row of the user (see
@@ -251,45 +368,53 @@ def histories(split: pd.DataFrame, max_history: int = 10, running_on: bool | Non
         running_on: None takes ``split.attrs["running_on"]``, which only the global temporal shift sets.
 
     Returns:
-        columns example (0, 1, ...), split, user, item, history (list, oldest first) and environment
-        (simulator), in the order of ``split``. Rows with an empty history are left out; ``attrs["dropped"]``
-        counts them by split.
+        columns example (0, 1, ...), split, user, item, history (list of item ids, oldest first), time (the target's,
+        where it exists) and environment (simulator), in the order of ``split``. Rows with an empty history are left
+        out. In Arrow: a history costs its ids and one offset, and the table is written to Parquet as it is.
 
     Raises:
         StudyError: no history is left.
     """
     if running_on is None:
         running_on = bool(split.attrs.get("running_on", False))
-    user = pd.factorize(split["user"], sort=True)[0].astype(np.int64)
-    moment = pd.factorize(split["time"], sort=True)[0] if "time" in split else np.arange(len(split))
-    key = user * (len(split) + 1) + moment  # orders by user, then time
-    ood = split["split"].eq("ood_test").to_numpy()
-    train = split["split"].eq("train").to_numpy()
-
-    item = split["item"].to_numpy()
-    item_order = pd.factorize(item, sort=True)[0]
-    history = np.empty(len(split), dtype=object)
-    for target, source in ((~ood, train), (ood, train | ood if running_on else train)):
-        rows = np.flatnonzero(source)
-        rows = rows[np.lexsort((item_order[rows], key[rows]))]
-        end = np.searchsorted(key[rows], key[target], side="left")  # left: strictly earlier
-        first_of_user = np.searchsorted(key[rows], user[target] * (len(split) + 1), side="left")
-        begin = np.maximum(first_of_user, end - max_history)
-        items = item[rows].tolist()
-        found = [items[first:last] for first, last in zip(begin, end, strict=True)]
-        history[target] = pd.Series(found, dtype=object).to_numpy()
-
-    columns = [name for name in ("split", "user", "item", "environment") if name in split]
-    examples = split[columns].assign(history=history)
-    empty = np.array([not items for items in history], dtype=bool)
-    dropped = split["split"][empty].value_counts()
-    examples = examples[~empty].reset_index(drop=True)
-    if examples.empty:
+    source, begin, end = _windows(split, max_history, running_on)
+    kept = np.flatnonzero(end > begin)
+    if not len(kept):
         raise StudyError("no interaction has an earlier training interaction of its user: no prompt can be made")
-    examples.insert(0, "example", np.arange(len(examples)))
-    examples = examples[["example", "split", "user", "item", "history", *columns[3:]]]
-    examples.attrs["dropped"] = {name: int(dropped.get(name, 0)) for name in SPLIT_NAMES}
-    return examples
+    item = pa.table({"item": split["item"]})["item"].combine_chunks()
+    chunks = []
+    for rows in np.split(kept, range(CHUNK, len(kept), CHUNK)):
+        offsets = np.concatenate([[0], np.cumsum(end[rows] - begin[rows])])
+        place = np.arange(offsets[-1]) + np.repeat(begin[rows] - offsets[:-1], np.diff(offsets))
+        chunks.append(pa.ListArray.from_arrays(offsets.astype(np.int32), item.take(pa.array(source[place]))))
+    names = [name for name in ("split", "user", "item", "time", "environment") if name in split]
+    table = pa.table({"example": np.arange(len(kept)), **{name: split[name].take(kept) for name in names}})
+    return table.add_column(4, "history", pa.chunked_array(chunks))
+
+
+def _windows(split: pd.DataFrame, max_history: int, running_on: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Histories as windows of one list of rows by user, time and item: rows source[begin[n]:end[n]] precede row n.
+
+    The list holds all training rows and, where ood_test runs on, then a second time with the rows of ood_test.
+    """
+    size = len(split)
+    user = codes(split["user"])
+    moment = split["time"].to_numpy() if "time" in split else np.arange(size)
+    order = np.lexsort((pd.factorize(split["item"], sort=True)[0], moment, user))
+    of_user = run_starts(user[order])
+    of_moment = np.maximum(of_user, run_starts(moment[order]))
+    ood = split["split"].eq("ood_test").to_numpy()[order]
+    train = split["split"].eq("train").to_numpy()[order]
+
+    begin, end = np.empty((2, size), dtype=np.int64)
+    source = np.empty(0, dtype=np.int64)
+    for mine, seen in ((~ood, train), (ood, train | ood)) if running_on else ((np.ones(size, dtype=bool), train),):
+        before = np.concatenate([[0], np.cumsum(seen)])  # rows of this part of the list before each position
+        last = before[of_moment[mine]]
+        end[order[mine]] = len(source) + last
+        begin[order[mine]] = len(source) + np.maximum(before[of_user[mine]], last - max_history)
+        source = np.concatenate([source, order[seen]])
+    return source, begin, end
 
 
 # --- Popularity groups ---
@@ -317,12 +442,3 @@ def popularity_groups(train_counts: pd.Series) -> pd.DataFrame:
         group_mass=by_mass.reindex(counts.index, fill_value="G5").astype(str),
         group_items=by_items.reindex(counts.index, fill_value="G5").astype(str),
     )
-
-
-# --- Helpers ---
-
-
-def _rank_within_item(positives: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
-    """(N,) random order 0, 1, ... among the interactions of the same item."""
-    shuffled = positives["item"].iloc[rng.permutation(len(positives))]
-    return shuffled.groupby(shuffled).cumcount().reindex(positives.index).to_numpy()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from pyarrow import parquet
 from sklearn.metrics import adjusted_mutual_info_score
 from transformers import TrainingArguments
 
@@ -76,21 +77,22 @@ def prepare_data(
     """
     interactions = load_dataset(dataset, **dataset_options)
     split = splits.make_split(shift, interactions, split_seed, **shift_options)
-    examples = splits.histories(split, max_history)
-    dropped = examples.attrs["dropped"]
+    examples = splits.history_table(split, max_history)
+    of_split = examples["split"].to_pandas()
+    left = split["split"].value_counts() - of_split.value_counts().reindex(splits.SPLIT_NAMES, fill_value=0)
     rng = np.random.default_rng(split_seed)
     kept = []
-    for name, part in examples.groupby("split", sort=True):
-        if name != "train" and 0 < test_examples < len(part):
-            part = part.iloc[np.sort(rng.choice(len(part), test_examples, replace=False))]
-        kept.append(part)
-    examples = pd.concat(kept, ignore_index=True)
+    for name, rows in sorted(of_split.groupby(of_split).indices.items()):
+        if name != "train" and 0 < test_examples < len(rows):
+            rows = np.sort(rng.choice(rows, test_examples, replace=False))
+        kept.append(rows)
+    examples = examples.take(np.concatenate(kept))
     catalogue = interactions.items[interactions.items["item"].isin(split["item"])]
     counts = split.loc[split["split"] == "train", "item"].value_counts().reindex(catalogue["item"], fill_value=0)
     catalogue = catalogue.merge(splits.popularity_groups(counts), on="item")
     split.to_parquet(folder / "split.parquet")
     catalogue.to_parquet(folder / "items.parquet")
-    examples.to_parquet(folder / "examples.parquet")
+    parquet.write_table(examples, folder / "examples.parquet")
     if interactions.truth is not None:
         truth = interactions.truth.interventional().stack().rename("preference").reset_index()
         truth[truth["item"].isin(catalogue["item"])].to_parquet(folder / "truth.parquet")
@@ -100,9 +102,9 @@ def prepare_data(
         "interactions_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
         "users": split["user"].nunique(),
         "items": len(catalogue),
-        "dropped_without_history": dropped,
+        "dropped_without_history": {name: int(left[name]) for name in splits.SPLIT_NAMES},
         **{f"interactions_{name}": int(size) for name, size in sizes.items()},
-        **{f"examples_{name}": int(size) for name, size in examples["split"].value_counts().items()},
+        **{f"examples_{name}": int(size) for name, size in examples["split"].to_pandas().value_counts().items()},
     }
 
 

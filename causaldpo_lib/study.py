@@ -3,15 +3,17 @@
     python -m causaldpo_lib.study NAME [--cores N] [--threads N] [--dry-run] [--publish]
 
 A study file says what differs from the notebooks' defaults; a method file says how one method aligns. A value
-is taken from the first of: setting, method, study, notebook. Every key is checked before anything starts.
+is taken from the first of: setting, method, study, notebook. Every key is checked before anything starts. A study
+with ``methods: []`` and ``seeds: []`` is one of data alone: it prepares its settings and describes them.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from causaldpo_lib.records import shown
 # What the layout of a study decides, and no override may.
 LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "run")
 STUDY_KEYS = ("settings", "methods", "seeds", "split_seed", *STAGES)
-SETTING_KEYS = ("dataset", "shift", *STAGES)
+SETTING_KEYS = ("name", "dataset", "shift", *STAGES)
 METHOD_KEYS = ("label", "summary", "parameters")
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -44,16 +46,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Setting:
-    """A dataset under a shift, with its own overrides by stage."""
+    """A dataset under a shift, with its own overrides by stage.
 
+    ``name`` is what tables and figures call it: by default ``<dataset>-<shift>``. Run folders are named after what they
+    hold, so that studies share them under whatever name.
+    """
+
+    name: str
     dataset: str
     shift: str
     overrides: Overrides
-
-    @property
-    def name(self) -> str:
-        """The name of the setting in tables and folders."""
-        return f"{self.dataset}-{self.shift}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,15 @@ class Study:
     def folder(self) -> Path:
         """Where its tables and figures go."""
         return RESULTS / self.name
+
+    @property
+    def data_only(self) -> bool:
+        """Whether it trains nothing: a setting that cannot be made is then a finding, not a failure."""
+        return not self.methods
+
+    def outcome(self, setting: str) -> Path:
+        """In a study of data alone: the file with the sentence that refused a setting, empty if nothing did."""
+        return self.folder / "outcomes" / f"{setting}.txt"
 
 
 @dataclass(frozen=True)
@@ -114,15 +125,22 @@ def load_study(name: str | Path) -> Study:
         _setting(f"{source}, setting {number}", entry, overrides.get("data", {}))
         for number, entry in enumerate(_list(source, content, "settings", dict), 1)
     )
-    seeds = tuple(_list(source, content, "seeds", int))
-    methods = tuple(load_method(method) for method in _list(source, content, "methods", str))
+    data_only = content.get("seeds") == [] == content.get("methods")
+    seeds = () if data_only else tuple(_list(source, content, "seeds", int))
+    methods = () if data_only else tuple(load_method(method) for method in _list(source, content, "methods", str))
     named = {"setting": [s.name for s in settings], "method": [m.name for m in methods], "seed": seeds}
     for kind, names in named.items():
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise StudyError(f"{source}: {kind} {repeated[0]} is listed twice: list it once")
     split_seed = check({"split_seed": 0}, {"split_seed": content.get("split_seed", 0)}, source)["split_seed"]
-    return Study(path.stem, path, settings, methods, seeds, split_seed, overrides)
+    study = Study(path.stem, path, settings, methods, seeds, split_seed, overrides)
+    made: dict[Path, str] = {}
+    for setting in settings:
+        other = made.setdefault(_job(study, "data", setting).folder, setting.name)
+        if other != setting.name:
+            raise StudyError(f"{source}: settings {other} and {setting.name} are the same data: remove one of them")
+    return study
 
 
 def load_method(name: str) -> Method:
@@ -149,7 +167,7 @@ def jobs(study: Study) -> list[Job]:
     """All runs of a study, upstream first: per setting one data run, and per seed sft, align and rank runs.
 
     The pseudo-environments are mapped once per setting, for the first seed. A run that two studies have in
-    common is one folder.
+    common is one folder. Without seeds there are the data runs alone.
     """
     found = []
     for setting in study.settings:
@@ -216,13 +234,26 @@ def _setting(source: str, content: Mapping[str, Any], shared: Mapping[str, Any])
         if content[key] not in table:
             raise unknown_key(source, key, content[key], table)
     dataset, shift, overrides = content["dataset"], content["shift"], _overrides(source, content)
+    name = content.get("name", f"{dataset}-{shift}")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise StudyError(f"{source}: name {name!r} cannot name a file: use letters, digits, '-', '_' and '.'")
     options = {**declared("data"), **shared, **overrides.get("data", {})}
+    shift_options = {name: value for function in shift_functions(shift) for name, value in options_of(function).items()}
     try:
         check_options(options["dataset_options"], options_of(DATASETS[dataset]), f"dataset {dataset!r}")
-        check_options(options["shift_options"], options_of(SPLITS[shift].rule), f"shift {shift!r}")
+        check_options(options["shift_options"], shift_options, f"shift {shift!r}")
     except StudyError as error:
         raise StudyError(f"{source}: {error}") from None
-    return Setting(dataset, shift, overrides)
+    return Setting(name, dataset, shift, overrides)
+
+
+def shift_functions(shift: str) -> list[Callable[..., Any]]:
+    """The functions whose keyword-only arguments are the options of a shift, as `splits.make_split` takes them."""
+    from causaldpo_lib import splits
+
+    chosen = splits.SPLITS[shift]
+    functions = [splits.select_positives, splits.cut_inner, splits.drop_unseen, chosen.rule, chosen.complete]
+    return [function for function in functions if function]
 
 
 def _overrides(source: str, content: Mapping[str, Any]) -> Overrides:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import importlib.util
 import os
 import re
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from causaldpo_lib.study import Study
 
 READING = ("06_popularity_amplification", "07_group_wise_analysis", "08_results_tables")
-TABLES = ("metrics", "paired", "shares", "groups", "diagnostics")
+TABLES = ("metrics", "paired", "shares", "groups", "slopes", "times", "validation", "diagnostics")
+DATA_READING = ("09_all_datasets",)
+DATA_TABLES = ("", "_summary", "_sources", "_loading", "_histograms", "_prompts")  # of a study of data alone
 # Changed parameters (the code's digests are among them), inputs of another content, another set of inputs.
 # Left out: the text of a rule, since rewording the Snakefile changes no result.
 TRIGGERS = ("params", "mtime", "input")
@@ -39,6 +42,23 @@ REASONS = {
     "Updated input files": "an input changed",
     "Input files updated": "an input is made anew",
 }
+
+
+def reading(study: Study) -> tuple[str, ...]:
+    """The notebooks that read a study's tables."""
+    return DATA_READING if study.data_only else READING
+
+
+def tables_of(study: Study) -> tuple[str, ...]:
+    """The stems of a study's tables."""
+    if study.data_only:
+        return tuple(f"datasets{part}" for part in DATA_TABLES)
+    return (*TABLES, *(f"points-{setting.name}" for setting in study.settings))
+
+
+def writer(study: Study) -> str:
+    """The module whose ``write`` makes a study's tables, and whose ``summary_text`` shows them."""
+    return "survey" if study.data_only else "tables"
 
 
 @dataclass(frozen=True)
@@ -56,10 +76,9 @@ def run(study: Study, cores: int, threads: int = 1) -> None:
         StudyError: a step failed (each is listed, with its notebook and its own sentence), or another study
             is running in this repository.
     """
-    from causaldpo_lib import tables
-
     started = time.monotonic()
     with _alone() as lock:
+        _ask_again(study)
         failed = _execute(study, cores, threads, lock)
     if failed:
         for label, report in failed:
@@ -68,10 +87,20 @@ def run(study: Study, cores: int, threads: int = 1) -> None:
         count = f"{len(failed)} step{'s' * (len(failed) > 1)}"
         raise StudyError(f"{count} of study {study.name} failed, see above: mend the cause; {again} goes on")
     print(f"\nstudy {study.name}: all steps are done ({_clock(time.monotonic() - started)})\n")
-    print(tables.summary_text(study.folder))
+    print(importlib.import_module(f"causaldpo_lib.{writer(study)}").summary_text(study.folder))
     print("\nfigures and tables:")
     for path in sorted([*study.folder.glob("*.png"), *study.folder.glob("*.csv")]):
         print(f"  {shown(path)}")
+
+
+def _ask_again(study: Study) -> None:
+    """Forget the outcome of every data run that is not there: what was refused is tried again, files may have come."""
+    from causaldpo_lib.study import jobs  # which imports this module
+
+    if study.data_only:
+        for job in jobs(study):
+            if not (job.folder / "summary.json").exists():
+                study.outcome(job.setting).unlink(missing_ok=True)
 
 
 def plan(study: Study) -> list[Step]:
@@ -112,9 +141,8 @@ def publish(study: Study) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for path in [*target.glob("*.csv"), *target.glob("*.png")]:
         path.unlink()
-    ends = tuple(setting.name for setting in study.settings)  # figures of a setting that has been removed stay behind
     for path in sorted([*study.folder.glob("*.csv"), *study.folder.glob("*.png")]):
-        if path.stem in TABLES or path.stem.endswith(ends):
+        if _belongs(study, path.stem):
             shutil.copyfile(path, target / path.name)
     print(f"copied tables and figures to {shown(target)}")
     page = ROOT / "README.md"
@@ -124,6 +152,13 @@ def publish(study: Study) -> None:
     for notebook in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
         execute_in_place(notebook)
         print(f"executed {shown(notebook)}")
+
+
+def _belongs(study: Study, stem: str) -> bool:
+    """Whether a table or figure is one of the study's present settings: those of a removed one stay behind."""
+    if study.data_only:
+        return stem.startswith("datasets")
+    return stem in TABLES or stem.endswith(tuple(f"-{setting.name}" for setting in study.settings))
 
 
 def _command(study: Study, threads: int = 1) -> list[str]:

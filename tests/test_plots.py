@@ -223,3 +223,74 @@ def test_hit_rate_curve_draws_percentages_and_the_floor():
     ax = plots.hit_rate_curve(ax_of(plots.panels()), curve, floor=np.array([0.01, 0.02]))
     drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
     assert drawn == {"IID test": [10, 30], "OOD test": [0, 20], "random list": [1, 2]}
+
+
+def test_response_points_keep_their_values_and_the_line_has_slope_1():
+    table = pd.DataFrame({"response": ["chosen", "rejected"], "reference": [-3.0, -5.0], "policy": [-2.0, -6.0]})
+    ax = plots.response_points(ax_of(plots.panels()), table)
+    drawn = {
+        line.get_label(): line.get_xydata().tolist() for line in ax.lines if line.get_label() in ("chosen", "rejected")
+    }
+    assert drawn == {"chosen": [[-3, -2]], "rejected": [[-5, -6]]}
+    assert next(line for line in ax.lines if line.get_label() == "reward 0").get_slope() == 1
+
+
+def test_membership_bars_stack_to_1_in_the_environments_colours():
+    memberships = np.array([[0.7, 0.3], [0.4, 0.6], [0.2, 0.8]])
+    ax = plots.membership_bars(ax_of(plots.panels()), memberships, np.array([0, 1, 1]))
+    heights = np.array([[bar.get_height() for bar in bars] for bars in ax.containers])
+    assert np.allclose(heights.T, memberships)
+    assert np.allclose([bar.get_y() + bar.get_height() for bar in ax.containers[1]], 1)
+    assert ax.get_xticks().tolist() == [0, 1.5]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1"]
+
+
+def test_kernel_matrix_shows_the_values_and_a_line_between_environments():
+    kernel = np.array([[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.2, 1]])
+    ax = plots.kernel_matrix(ax_of(plots.panels()), kernel, np.array([2, 2, 5]))
+    assert (ax.images[0].get_array() == kernel).all() and ax.images[0].get_clim() == (0, 1)
+    assert {line.get_ydata()[0] for line in ax.lines if line.get_ydata()[0] == line.get_ydata()[1]} == {1.5}
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["2", "5"]
+
+
+def test_pair_matrix_writes_each_pair_once():
+    ax = plots.pair_matrix(ax_of(plots.panels()), np.array([[0, 0.1, 0.2], [0.1, 0, 0.3], [0.2, 0.3, 0]]))
+    assert [(text.get_position(), text.get_text()) for text in ax.texts] == [
+        ((0, 1), "0.10"),
+        ((0, 2), "0.20"),
+        ((1, 2), "0.30"),
+    ]
+
+
+def test_arrows_start_at_the_reward_and_end_where_it_is_pushed():
+    table = pd.DataFrame({"environment": [0, 0, 4], "reward": [0.1, 0.5, -0.2], "push": [0.2, -0.1, 0.3], "mean": 0.25})
+    ax = plots.reward_pulls(ax_of(plots.panels()), table)
+    assert [(text.xy[0], text.xyann[0]) for text in ax.texts] == [
+        (pytest.approx(reward + push), reward) for reward, push in zip(table["reward"], table["push"], strict=True)
+    ]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0", "4"]
+
+
+def test_pushes_are_bars_for_dpo_and_points_for_the_sum():
+    table = pd.DataFrame({"environment": [0, 1], "preference": [0.1, 0.2], "total": [0.3, -0.1]})
+    ax = plots.pushes(ax_of(plots.panels()), table)
+    assert [bar.get_height() for bar in ax.patches] == [0.1, 0.2]
+    points = next(line for line in ax.lines if line.get_label() == "DPO and penalty")
+    assert points.get_ydata().tolist() == [0.3, -0.1]
+
+
+def test_variants_have_a_colour_and_a_label_each_however_many_runs():
+    table = pd.DataFrame({"variant": ["a", "a", "b"], "run": [0, 1, 0], "step": [0, 0, 0], "value": [1.0, 2.0, 3.0]})
+    ax = plots.variant_lines(ax_of(plots.panels()), table, "step", "value")
+    assert ax.get_legend_handles_labels()[1] == ["a", "b"]
+    assert [line.get_ydata().tolist() for line in ax.lines] == [[1], [2], [3]]
+    assert len({line.get_color() for line in ax.lines}) == 2
+
+
+def test_null_histogram_counts_all_draws_and_marks_both_values():
+    ax = plots.null_histogram(ax_of(plots.panels()), np.linspace(0, 1, 100), observed=0.8, expected=0.5)
+    assert sum(bar.get_height() for bar in ax.patches) == 100
+    assert {line.get_label(): line.get_xdata()[0] for line in ax.lines} == {
+        "expected of these": 0.5,
+        "the batch's own memberships": 0.8,
+    }

@@ -44,6 +44,25 @@ def test_publish_replaces_the_study_s_files_and_renews_what_quotes_them(place):
     assert executed == ["01_a.ipynb", "02_b.ipynb"]
 
 
+def test_a_study_of_data_alone_publishes_its_tables_and_figures(place):
+    root, executed = place
+    folder = root / "results" / "datasets"
+    folder.mkdir()
+    names = ["datasets.csv", "datasets_summary.csv", "datasets-time.png", "datasets-time.csv"]
+    for name in (*names, "snakemake.log", "older-popularity.png"):
+        (folder / name).write_text("new")
+    workflow.publish(studies.load_study("datasets"))
+    assert {path.name for path in (root / "figures" / "datasets").iterdir()} == set(names)
+    assert executed == ["01_a.ipynb", "02_b.ipynb"]
+
+
+def test_figures_of_a_setting_whose_name_ends_like_another_s_stay_behind(place):
+    root, _ = place
+    (root / "results" / "quick" / "shares-mass-notsimulated-environment.png").write_text("old")
+    workflow.publish(studies.load_study("quick"))
+    assert not list((root / "figures" / "quick").glob("*notsimulated*"))
+
+
 def test_a_stale_study_is_refused_and_nothing_touched(place, monkeypatch):
     root, executed = place
     (root / "figures" / "quick" / "kept.png").write_text("old")

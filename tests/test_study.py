@@ -15,7 +15,7 @@ import nbformat
 import pytest
 import yaml
 
-from causaldpo_lib import pipeline, study, workflow
+from causaldpo_lib import pipeline, study, survey, tables, workflow
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import PARAMS, ROOT
 from causaldpo_lib.pipeline import STAGES
@@ -43,7 +43,7 @@ def steps(stage: str, methods=("",), seeds=SEEDS) -> set[str]:
 def test_every_study_loads_and_every_key_says_what_it_means(path):
     loaded = load_study(path.stem)
     assert jobs(loaded)
-    assert len(loaded.seeds) >= 3
+    assert loaded.data_only or len(loaded.seeds) >= 3
 
 
 @pytest.mark.parametrize("path", sorted((PARAMS / "methods").glob("*.yaml")), ids=lambda path: path.stem)
@@ -83,6 +83,16 @@ QUICK = yaml.safe_load((PARAMS / "studies" / "quick.yaml").read_text())
         ({"methods": ["dpo", "causal-dpo"]}, r"unknown method 'causal-dpo' \(did you mean 'causal_dpo'\?\)"),
         ({"methods": ["dpo", "dpo"]}, "method dpo is listed twice"),
         ({"seeds": []}, "seeds is .*: give a list of one or more int values"),
+        ({"methods": []}, "methods is .*: give a list of one or more str values"),
+        ({"settings": [{**QUICK["settings"][0], "name": "a/b"}]}, "setting 1: name 'a/b' cannot name a file"),
+        (
+            {"settings": [QUICK["settings"][0], {**QUICK["settings"][0], "name": "again"}]},
+            "settings simulated-environment and again are the same data: remove one of them",
+        ),
+        (
+            {"settings": [{"dataset": "simulated", "shift": "iid", "data": {"shift_options": {"min_users": 3}}}]},
+            "setting 1: unknown option of shift 'iid' 'min_users'",
+        ),
         ({"seeds": [1, "2"]}, "seeds is .*: give a list of one or more int values"),
         ({"split_seed": "0"}, "split_seed is the text '0', not a number"),
         ({"align": {"learning_rate": "1e-05"}}, r"align: learning_rate is the text '1e-05', .* write 1.0e-5"),
@@ -101,7 +111,8 @@ def test_a_bad_study_is_refused_with_file_and_key(tmp_path, change, sentence):
 def test_an_unknown_study_ends_with_one_sentence(capsys):
     assert study.main(["quikc"]) == 1
     said = capsys.readouterr().err
-    assert said == "error: unknown study 'quikc' (did you mean 'quick'?): choose from ml-100k, quick\n"
+    known = ", ".join(sorted(path.stem for path in (PARAMS / "studies").glob("*.yaml")))
+    assert said == f"error: unknown study 'quikc' (did you mean 'quick'?): choose from {known}\n"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +169,32 @@ def test_studies_share_the_runs_they_have_in_common(tmp_path):
     folders = [{job.folder for job in jobs(load_study(name))} for name in ("quick", tmp_path / "mine.yaml")]
     labels = {"data", "sft-s3", "dpo-s3", "dpo-s3-rank"}
     assert {folder.name.rpartition("-")[0] for folder in folders[0] & folders[1]} == labels
+
+
+def test_settings_of_one_dataset_and_shift_are_told_apart_by_name(tmp_path):
+    first = {**QUICK["settings"][0], "shift": "temporal", "data": {"shift_options": {"min_user": 6}}}
+    second = {**first, "name": "by-user", "data": {"shift_options": {"scope": "user"}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**QUICK, "settings": [first, second], "seeds": [1]}))
+    found = jobs(load_study(tmp_path / "mine.yaml"))
+    assert Counter(job.setting for job in found) == {"simulated-temporal": 10, "by-user": 10}
+    assert len({job.folder for job in found}) == 20
+    options = {job.setting: job.parameters["shift_options"] for job in found if job.stage == "data"}
+    assert options == {"simulated-temporal": {"min_user": 6}, "by-user": {"scope": "user"}}
+    assert workflow.tables_of(load_study(tmp_path / "mine.yaml"))[-1] == "points-by-user"
+
+
+def test_the_workflow_expects_the_tables_that_are_written():
+    assert set(workflow.TABLES) == {*tables.TABLES, *tables.LATER}
+
+
+def test_a_study_of_data_alone_has_data_runs_only(tmp_path):
+    content = {key: QUICK[key] for key in ("settings", "data")} | {"methods": [], "seeds": []}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(content))
+    study = load_study(tmp_path / "mine.yaml")
+    [job] = jobs(study)
+    assert study.data_only and job.stage == "data"
+    assert job.folder in {each.folder for each in jobs(load_study("quick"))}  # the run of the other study
+    assert workflow.tables_of(study) == survey.TABLES
 
 
 # --- what a change makes Snakemake run again ---
@@ -265,7 +302,9 @@ def test_an_edited_code_cell_runs_its_stage_and_what_follows(tree):
 def test_an_edited_penalty_runs_alignment_but_not_fine_tuning(tree):
     add_code(tree, "mmd")
     aligned = METHODS[1:]
-    assert planned(tree) == steps("align", aligned) | steps("rank", aligned) | END
+    # the map's diagnostics weigh environments as the penalty does
+    again = steps("align", aligned) | steps("rank", aligned) | steps("environments", seeds=[1])
+    assert planned(tree) == again | END
 
 
 def test_edited_environments_run_alignment_and_their_map(tree):
@@ -353,3 +392,75 @@ def test_a_failing_notebook_is_kept_and_what_is_done_stays_done(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: study quick is not up to date (7 steps are left): run")
     assert not (tree / "figures").exists()
+
+
+ALONE = """
+from causaldpo_lib import pipeline
+from causaldpo_lib.errors import StudyError
+
+def execute(stage, namespace):
+    parameters = {name: namespace[name] for name in pipeline.declared(stage)}
+    if parameters["shift"] == "popularity":
+        raise StudyError("nothing is left: lower these options")
+    if parameters["shift"] == "temporal" and not (pipeline.RESULTS / "mended").exists():
+        raise KeyError("a slip in the code")
+    run = pipeline.open_run(stage, pipeline.resolve(stage, parameters))
+    if not run.complete:
+        run.finish(value=1)
+    return run
+
+def prepare_data(): ...
+def fine_tune(): ...
+def align(): ...
+def rank(): ...
+def infer_environments(): ...
+"""
+WRITES = """
+import sys
+from causaldpo_lib.study import jobs, load_study
+
+TABLES = {tables!r}
+
+def write(study):
+    for name in TABLES:
+        said = [f"{{job.setting}}: {{study.outcome(job.setting).read_text()}}" for job in jobs(study)]
+        (study.folder / f"{{name}}.csv").write_text("\\n".join(said))
+
+def summary_text(folder):
+    return (folder / "datasets.csv").read_text()
+
+if __name__ == "__main__":
+    write(load_study(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_refused_setting_is_a_finding_and_a_broken_one_a_failure(tmp_path):
+    tree = copy_of_the_project(tmp_path)
+    (tree / "causaldpo_lib/stages.py").write_text(ALONE)
+    (tree / "causaldpo_lib/survey.py").write_text(WRITES.format(tables=survey.TABLES))
+    for path, use in {"01_data_and_shifts": "stages.execute('data', globals())", "09_all_datasets": "stages"}.items():
+        file = tree / "notebooks" / f"{path}.ipynb"
+        bare = nbformat.read(file, 4)
+        bare.cells = [cell for cell in bare.cells if "parameters" in cell.metadata.get("tags", [])]
+        bare.cells.append(nbformat.v4.new_code_cell(f"from causaldpo_lib import stages\n{use}"))
+        nbformat.write(bare, file)
+    settings = [{"dataset": "simulated", "shift": shift} for shift in ("popularity", "temporal")]
+    content = {"settings": settings, "methods": [], "seeds": []}
+    (tree / "params/studies/mine.yaml").write_text(yaml.safe_dump(content))
+    broken = command(tree, "causaldpo_lib.study", "mine", "--cores", "1")
+    assert broken.returncode == 1
+    assert "FAILED data (simulated-temporal)" in broken.stderr and "KeyError: 'a slip in the code'" in broken.stderr
+    assert "popularity" not in broken.stderr and not (tree / "results/mine/datasets.csv").exists()
+    (tree / "results/mended").touch()
+    mended = command(tree, "causaldpo_lib.study", "mine", "--cores", "1")
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    [said] = [line for line in mended.stdout.splitlines() if line.startswith("simulated-popularity: ")]
+    assert said.startswith("simulated-popularity: error: nothing is left: lower these options")
+    assert "simulated-temporal: \n" in mended.stdout
+    # nothing is left to do, but what was refused is tried again by the next run
+    done = command(tree, "causaldpo_lib.study", "mine", "--dry-run")
+    assert done.stdout == "study mine: nothing to do\n"
+    again = command(tree, "causaldpo_lib.study", "mine", "--cores", "1")
+    assert re.search(r"1 of 3 steps done, .*: data \(simulated-popularity\)", again.stdout), again.stdout
+    assert "(simulated-temporal)" not in again.stdout
