@@ -65,6 +65,8 @@ def write_movielens(folder: Path, ratings: int = RATINGS, seed: int = 0) -> tupl
 def _lengths(ratings: int, users: int, movies: int, rng: np.random.Generator) -> np.ndarray:
     """(users,) ratings of each user: log-normal above `LEAST`, at most half of the films, of the given sum."""
     least, most = min(LEAST, ratings // users), movies // 2
+    if ratings > users * most:
+        raise ValueError(f"{ratings:,} ratings do not fit {users:,} users of {most:,} films each: ask for more")
     weight = rng.lognormal(0.0, 1.1, users)
     lengths = np.minimum(least + np.floor((ratings - least * users) * weight / weight.sum()), most).astype(np.int64)
     while missing := ratings - lengths.sum():

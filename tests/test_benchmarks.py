@@ -1,10 +1,10 @@
-"""The training benchmark runs and reports what it says; how large the ratios are, is no test's business."""
+"""The benchmarks run and report what they say; how large the ratios are, is no test's business."""
 
 import json
 
 import pytest
 
-from benchmarks import training
+from benchmarks import data, training
 from benchmarks.training import Cell, Size, build, preference_rows, token_bound, word_tokenizer
 
 TINY = Size(layers=1, hidden=32, batch=2, steps=2)
@@ -54,3 +54,14 @@ def test_token_bound_counts_prompts_once():
     rows = preference_rows(cell, 4)
     answers = sum(len(text.split()) + 1 for row in rows for text in (row["chosen"], *row["rejected"]))
     assert token_bound(cell, size) == pytest.approx((4 * 4 * 40 + answers) / (4 * 40 + answers))
+
+
+@pytest.mark.slow
+def test_data_benchmark_reports_every_step(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "data.json"
+    monkeypatch.setattr("sys.argv", ["data", "--sizes", "300000", "--plain-up-to", "1", "--output", str(output)])
+    data.main()
+    found = json.loads(output.read_text())["sizes"]["300000"]["library"]
+    assert found["total"] == pytest.approx(sum(found["seconds"].values()))
+    assert 0 < found["peak_gib"] < 2 and min(found["prompts"].values()) > 10_000
+    assert "popularity histories" in capsys.readouterr().out

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from causaldpo_lib.data.amazon import load_amazon
+from causaldpo_lib.data.book_crossing import load_book_crossing
+from causaldpo_lib.data.custom import load_custom
 from causaldpo_lib.data.interactions import Interactions
-from causaldpo_lib.data.movielens import load_ml_100k
+from causaldpo_lib.data.lastfm import load_lastfm
+from causaldpo_lib.data.movielens import load_ml_1m, load_ml_10m, load_ml_100k, load_ml_latest_small
 from causaldpo_lib.data.options import check_options, options_of
 from causaldpo_lib.data.prompts import PROMPT_SETS, load_prompts
 from causaldpo_lib.data.simulated import SimulatedTruth, simulate
+from causaldpo_lib.data.yelp import load_yelp
 from causaldpo_lib.errors import pick
 from causaldpo_lib.paths import data_folder, from_root
 
@@ -23,6 +28,14 @@ __all__ = ["DATASETS", "PROMPT_SETS", "Interactions", "SimulatedTruth", "load_da
 DATASETS: dict[str, Callable[..., Interactions]] = {
     "simulated": simulate,
     "ml-100k": load_ml_100k,
+    "ml-1m": load_ml_1m,
+    "ml-10m": load_ml_10m,
+    "ml-latest-small": load_ml_latest_small,
+    "book-crossing": load_book_crossing,
+    "yelp": load_yelp,
+    "amazon": load_amazon,
+    "lastfm": load_lastfm,
+    "custom": load_custom,
 }
 
 

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from causaldpo_lib.data.interactions import Interactions
+from causaldpo_lib.data.interactions import Interactions, counts
 from causaldpo_lib.errors import StudyError
 
 FREQUENCY_RATIO = 0.55  # of an environment's frequency to the next more frequent one's
@@ -222,7 +222,7 @@ def simulate(
     catalogue = pd.DataFrame(
         {"item": truth.items, "title": _titles(genre, names, title_rng), "genres": [names[g] for g in genre]}
     )
-    stats = {"rows_read": len(table), "items_listed": items, "titles_merged": 0, "duplicates_merged": 0}
+    stats = counts(rows_read=len(table), items_listed=items)
     return Interactions("simulated", table, catalogue, stats, truth=truth)
 
 
