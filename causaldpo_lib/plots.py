@@ -516,9 +516,9 @@ def setting_histograms(histograms: pd.DataFrame, quantity: str, label: str) -> F
                 ax.xaxis.set_major_locator(LogLocator())  # decades only: a panel is narrow
             ax.tick_params(labelsize=7, labelbottom=place == last)
             ax.xaxis.get_offset_text().set_fontsize(7)
-            ax.set_xlabel(label if place == last else "", fontsize=8)
-            ax.set_ylabel("")
+            ax.set(xlabel="", ylabel="")
             ax.set_title(f"{dataset}\n{kind}", fontsize=8)
+    fig.suptitle(label, fontsize=9)
     fig.supylabel("share of the split (%)", fontsize=9)
     legend_below(fig)
     return fig

@@ -200,7 +200,8 @@ def test_histograms_have_a_column_per_dataset_and_a_row_per_kind(tables):
     fig = plots.setting_histograms(found, "popularity", "count")
     titles = [ax.get_title() for ax in fig.axes if ax.axison]
     assert titles == ["simulated\niid", "simulated\npopularity", "other\npopularity-flat", "simulated\nlate"]
-    labelled = [ax.get_title() for ax in fig.axes if ax.get_xlabel()]
+    assert fig.get_suptitle() == "count"
+    labelled = [ax.get_title() for ax in fig.axes if ax.axison and ax.xaxis.get_tick_params()["labelbottom"]]
     assert labelled == ["other\npopularity-flat", "simulated\nlate"]  # the lowest panel of each column
     [panel] = [ax for ax in fig.axes if ax.get_title() == "simulated\niid"]
     mine = found[(found["setting"] == "simulated-iid") & (found["quantity"] == "popularity")]
