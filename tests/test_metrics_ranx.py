@@ -7,7 +7,10 @@ import pytest
 
 from causaldpo_lib import metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*unsafe cast from uint64 to int64"),  # numba, compiling ranx
+]
 
 
 @pytest.fixture(scope="module")
