@@ -123,16 +123,16 @@ def draw_mixture(
 ) -> pd.DataFrame:
     """Draw the mixed test without replacement: ``popular_share`` from the popularity pool, the rest from the future.
 
-    The shares are exact: with popular_share = a / b, the test has b k interactions for the largest k that both pools
-    can serve, T = min(|O1| / share, |O2| / (1 - share)) up to that rounding. What is not drawn is in no split. (B.1:
-    80 % and 20 %; that interactions are its unit is this study's reading.)
+    The shares are exact: with popular_share = a / b, b at most 100, the test has b k interactions for the largest k
+    that both pools can serve, T = min(|O1| / share, |O2| / (1 - share)) up to that rounding. What is not drawn is in
+    no split. (B.1: 80 % and 20 %; that interactions are its unit is this study's reading.)
 
     Raises:
-        StudyError: ``popular_share`` is not between 0 and 1.
+        StudyError: ``popular_share`` is not between 0.01 and 0.99.
     """
-    if not 0 < popular_share < 1:
-        raise StudyError(f"option 'popular_share' must lie between 0 and 1, not {popular_share}")
     share = Fraction(popular_share).limit_denominator(100)
+    if not 0 < share < 1:
+        raise StudyError(f"option 'popular_share' must lie between 0.01 and 0.99, not {popular_share}")
     parts = (share.numerator, share.denominator - share.numerator)
     future = temporal(split, rng, ood_share=ood_share)
     ood = split["split"].eq("ood_test").to_numpy()

@@ -32,6 +32,7 @@ from causaldpo_lib import (
 )
 from causaldpo_lib.data import load_dataset
 from causaldpo_lib.errors import StudyError, pick
+from causaldpo_lib.sources import function_digest
 
 TESTED = ("validation", "iid_test", "ood_test")  # validation serves the choice between methods
 LONGEST_LIST = 20  # the largest cut-off of the tables
@@ -97,9 +98,9 @@ def prepare_data(
         truth = interactions.truth.interventional().stack().rename("preference").reset_index()
         truth[truth["item"].isin(catalogue["item"])].to_parquet(folder / "truth.parquet")
     sizes = split["split"].value_counts()
-    rows = pd.util.hash_pandas_object(interactions.table, index=False).to_numpy()
+    hashes = [pd.util.hash_pandas_object(frame, index=False) for frame in (interactions.table, interactions.items)]
     return {
-        "interactions_sha256": hashlib.sha256(rows.tobytes()).hexdigest(),
+        "interactions_sha256": hashlib.sha256(pd.concat(hashes).to_numpy().tobytes()).hexdigest(),
         "users": split["user"].nunique(),
         "items": len(catalogue),
         "dropped_without_history": {name: int(left[name]) for name in splits.SPLIT_NAMES},
@@ -138,10 +139,13 @@ def fine_tune(
     outcome = trainer.train()
     pd.DataFrame(trainer.table()).to_csv(folder / "log.csv", index=False)
     validation = prompts.prompt_table(examples[examples["split"] == "validation"], titles)
+    features = trainers.encode_features(
+        tokenizer, validation.to_dict("records"), ["chosen"], trainers.context_of(trainer.model)
+    )
     scores = packing.score_dataset(
         model,
-        prompts.encode_prompts(tokenizer, validation["prompt"].tolist()),
-        [[ids] for ids in prompts.encode_responses(tokenizer, validation["chosen"].tolist())],
+        [feature["input_ids"] for feature in features],
+        [feature["responses"] for feature in features],
         tokenizer.pad_token_id,
         2 * batch_size,
     )
@@ -187,6 +191,10 @@ def align(
     ``train_examples`` (0 for all) and their negatives depend on ``seed`` only: methods that share a seed share pairs.
     Each of ``iterations`` starts from the policy of the one before, its new reference, and draws negatives anew.
     """
+    if iterations < 1:
+        raise StudyError(f"iterations = {iterations} trains nothing: set it to 1 or more")
+    if tokens_per_environment and (lora_rank or iterations > 1):
+        raise StudyError("tokens_per_environment trains new embeddings, once: set lora_rank: 0 and iterations: 1")
     items, examples = _tables(data)
     sample = examples[examples["split"] == "train"]
     if 0 < train_examples < len(sample):
@@ -199,6 +207,10 @@ def align(
     model, tokenizer = _backbone(pipeline.load_run(sft, "sft").folder / "checkpoint", [], seed, lora_rank)
     logs = []
     for iteration in range(iterations):
+        if iteration and lora_rank:
+            # The reference is the model without adapters: those of the round before become part of it.
+            torch.manual_seed(seed + iteration)
+            model = backbone.with_lora(model.merge_and_unload(), lora_rank)
         pool = sample
         if negatives == "self_generated":
             pool = sample.assign(ranked=_own_lists(model, tokenizer, items, rows, sample, negatives_per_prompt))
@@ -228,7 +240,7 @@ def align(
             mmd_pairs=mmd_pairs,
             tokens_per_environment=tokens_per_environment,
             environment_seed=seed,
-            reference_cache=str(folder.parent / "reference"),
+            reference_cache=str(folder.parent / f"reference-{function_digest('packing', 'score_dataset')[:10]}"),
         )
         trainer = trainers.CausalDPOTrainer(
             model, args=arguments, train_dataset=rows.to_dict("records"), processing_class=tokenizer, label=method
@@ -324,9 +336,8 @@ def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int
     sample = examples[examples["split"] == "train"]
     sample = sample.iloc[np.sort(rng.permutation(len(sample))[:8000])]
     model, tokenizer = backbone.load_checkpoint(pipeline.load_run(sft, "sft").folder / "checkpoint")
-    encoded = prompts.encode_prompts(
-        tokenizer, prompts.prompt_table(sample, items.set_index("item")["title"])["prompt"].tolist()
-    )
+    texts = prompts.prompt_table(sample, items.set_index("item")["title"])["prompt"].tolist()
+    encoded = prompts.encode_prompts(tokenizer, texts, trainers.context_of(model) - 1)
     scores = packing.score_dataset(
         model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
     )

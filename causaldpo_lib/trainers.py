@@ -86,7 +86,7 @@ def encode_features(
     ]
 
 
-def _context(model: nn.Module) -> int:
+def context_of(model: nn.Module) -> int:
     """Tokens that the model can read; some say it under another name, some not at all."""
     return getattr(model.config, "max_position_embeddings", None) or 2**31
 
@@ -298,7 +298,7 @@ class SupervisedTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase,
         label: str = "fine-tuning",
     ) -> None:
-        features = encode_features(processing_class, train_dataset, ["chosen"], _context(model))
+        features = encode_features(processing_class, train_dataset, ["chosen"], context_of(model))
         super().__init__(model, args, features, processing_class, label)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -401,7 +401,7 @@ class CausalDPOTrainer(PackedTrainer):
         label: str = "alignment",
     ) -> None:
         args = CausalDPOConfig(output_dir="results/trainer") if args is None else args
-        limit = min(args.max_length or _context(model), _context(model)) - args.tokens_per_environment
+        limit = min(args.max_length or context_of(model), context_of(model)) - args.tokens_per_environment
         rows = list(train_dataset or [])
         features = encode_features(processing_class, rows, ["chosen", "rejected"], limit)
         super().__init__(model, args, features, processing_class, label)
@@ -473,7 +473,8 @@ class CausalDPOTrainer(PackedTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         # The training loop clears the gradients of the model, which this one is no part of.
-        if self._learns_environments and next(model.parameters()).grad is None:
+        trained = (weights for weights in model.parameters() if weights.requires_grad)
+        if self._learns_environments and all(weights.grad is None for weights in trained):
             self.batch_environments.zero_grad()
         return super().training_step(model, inputs, num_items_in_batch)
 

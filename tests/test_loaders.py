@@ -387,6 +387,8 @@ def test_custom_parquet_is_checked(tmp_path, column, values, word):
         ("custom", "interactions.csv", 3, ",2,", ",two,", "rating 'two' is not a number"),
         ("custom", "interactions.csv", 3, "1532995201", "soon", "time 'soon' is neither"),
         ("custom", "interactions.csv", 3, "ann", "", "the user is missing"),
+        ("custom", "interactions.csv", 3, "1532995201", "1532995201000", "'1532995201000' is no time in seconds"),
+        ("yelp", "yelp_academic_dataset_review.json", 2, "5.0", "5" * 5000, "not complete JSON, Exceeds the limit"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, name, file, line, old, new, word):
@@ -399,6 +401,13 @@ def test_a_bad_row_is_named(tmp_path, name, file, line, old, new, word):
     with pytest.raises(StudyError, match=word) as raised:
         load_dataset(name, tmp_path)
     assert str(raised.value).startswith(f"{path}:{line}: ") and "\n" not in str(raised.value)
+
+
+def test_a_cut_time_at_the_end_of_custom_data_is_named(tmp_path):
+    path = tmp_path / "interactions.csv"
+    path.write_text("user,item,title,time\n1,1,A,1600000000\n2,1,A,16000")
+    with pytest.raises(StudyError, match=r"interactions\.csv:3: the last line is truncated \(time '16000'\)"):
+        load_dataset("custom", tmp_path, rating="")
 
 
 @pytest.mark.parametrize("name", ["ml-latest-small", "lastfm", "custom"])

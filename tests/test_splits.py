@@ -494,6 +494,7 @@ def test_any_table_is_split_without_leak_or_refused(rows, shift, timed, seed, op
         ("ratings", "iid", {"filter_order": "items_first"}, "filter order 'items_first'.*positives_first, users_first"),
         ("ratings", "iid", {"unseen": "move"}, "'unseen' 'move'.*keep, drop"),
         ("ratings", "mixed", {"popular_share": 1.0}, "'popular_share'"),
+        ("ratings", "mixed", {"popular_share": 0.001}, "'popular_share'"),
         ("ratings", "popularity", {"cap": 0.5}, "'cap' of shift 'popularity' must be a whole number"),
         ("ratings", "popularity", {"cap": -1}, "'cap'.*not -1"),
     ],

@@ -8,12 +8,13 @@ from pathlib import Path
 import polars as pl
 
 from causaldpo_lib.data.interactions import Interactions, assemble
-from causaldpo_lib.data.reading import Layout, existing, header_of, listed, read_rows, refuse, seconds
+from causaldpo_lib.data.reading import Layout, cut_short, existing, header_of, listed, read_rows, refuse, seconds
 from causaldpo_lib.errors import StudyError
 
 REMEDY = "put it there, or set option 'file' to its name and CAUSALDPO_DATA to the folder that holds custom/"
 COLUMNS = ("user", "item", "title", "rating", "time")
 RATING = 5.0  # where the file has none
+LATEST = 10**11  # seconds, the year 5138: what is more are milliseconds
 
 
 def load_custom(
@@ -68,6 +69,9 @@ def load_custom(
             "time {said!r} is neither whole seconds nor a date such as 2018-07-30 12:00:00: correct or remove the row"
         )
         problems[what] = pl.col("time").is_null()
+        problems["time {said!r} is no time in seconds: give seconds since 1970"] = pl.col("time").abs() > LATEST
+        if layout is not None and header_of(path, layout)[-1] == time and rows["time"].null_count() == 0:
+            problems["the last line is truncated (time {said!r}): restore the file"] = cut_short(rows, path, "time")
     refuse(rows, path, layout, problems)
     rows = rows.with_columns(_whole(rows["user"]), _whole(rows["item"]))
     table = rows.select(name for name in ("user", "item", "rating", "time") if name in rows.columns)
@@ -130,7 +134,7 @@ def _read_parquet(path: Path, names: dict[str, str]) -> tuple[pl.DataFrame, None
 def _times(said: pl.Series) -> pl.Series:
     """Whole seconds, null where a text is none."""
     if said.dtype.is_integer():
-        return said.cast(pl.Int64)
+        return said.cast(pl.Int64, strict=False)
     if isinstance(said.dtype, pl.Date | pl.Datetime):
         return said.dt.epoch("s")
     frame = said.to_frame("said")

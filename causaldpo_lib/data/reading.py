@@ -213,7 +213,7 @@ def joined(lists: pl.Series) -> pl.Series:
     def one(text: str) -> str:
         try:
             names = json.loads(text) if text.startswith("[") else text.split(",")
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             names = [text]
         return "|".join(str(name).strip() for name in names)
 
@@ -365,9 +365,9 @@ def _first_bad_object(path: Path, fields: Mapping[str, type]) -> str | None:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as problem:
+        except (ValueError, RecursionError) as problem:  # not JSON, or a number or nesting beyond Python's limits
             cut = "" if line.endswith("\n") else " (the last line, truncated)"
-            return f"{where}: not complete JSON, {problem.msg}{cut}: restore the file"
+            return f"{where}: not complete JSON, {getattr(problem, 'msg', problem)}{cut}: restore the file"
         if not isinstance(value, dict):
             return f"{where}: not a JSON object: restore the file, one object a line"
         for name, kind in fields.items():
