@@ -239,7 +239,7 @@ def add_environment_tokens(
         StudyError: the model has adapters already, or the numbers are not positive.
     """
     if hasattr(model, "peft_config"):
-        raise StudyError("environment tokens must be added before the adapters, and the trainer adds them: train all weights")
+        raise StudyError("environment tokens come before the adapters, and the trainer adds them: train all weights")
     if environments < 1 or tokens_per_environment < 1:
         raise StudyError(
             f"{environments} environments with {tokens_per_environment} tokens each: give at least one of both"
