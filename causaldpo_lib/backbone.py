@@ -19,22 +19,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from causaldpo_lib.errors import StudyError
+from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.prompts import prompt_text, response_text
 
 # A bar for a file that loads in milliseconds is noise in every notebook and log.
 transformers_logging.disable_progress_bar()
 
-TINY = "tiny"
-# 1.3M parameters with a 4,000-token vocabulary: as small as reads ten titles, large enough to learn a catalogue.
-TINY_SHAPE = {
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 1024,
-}
+# Embedded backbones: name -> width. `tiny` has 1.3M parameters with a 4,000-token vocabulary: as small as reads ten
+# titles, large enough to learn a catalogue; the others, 0.5M and 4.2M, are for comparisons of size.
+TINY = {"tiny": 128, "tiny-small": 64, "tiny-large": 256}
 
 
 def device() -> torch.device:
@@ -73,8 +66,11 @@ def train_tokenizer(titles: Iterable[str], vocabulary: int = 4000) -> PreTrained
     )
 
 
-def tiny_backbone(titles: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A randomly initialised Llama-architecture model of about a million parameters with a tokenizer for ``titles``."""
+def tiny_backbone(
+    titles: Iterable[str], seed: int, name: str = "tiny"
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A randomly initialised Llama-architecture model, by its name in ``TINY``, with a tokenizer for ``titles``."""
+    width = pick(TINY, name, "embedded backbone")
     tokenizer = train_tokenizer(titles)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -83,7 +79,12 @@ def tiny_backbone(titles: Iterable[str], seed: int) -> tuple[LlamaForCausalLM, P
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **TINY_SHAPE,
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=4,
+        num_attention_heads=max(width // 32, 1),
+        num_key_value_heads=max(width // 32, 1),
+        max_position_embeddings=1024,
     )
     return LlamaForCausalLM(config), tokenizer
 

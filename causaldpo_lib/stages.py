@@ -21,6 +21,7 @@ from causaldpo_lib import (
     backbone,
     causal,
     environments,
+    fairness,
     metrics,
     packing,
     pairs,
@@ -71,10 +72,12 @@ def prepare_data(
     split_seed: int,
     max_history: int,
     test_examples: int,
+    validation_examples: int,
 ) -> dict[str, Any]:
     """Load a dataset, split it under a shift, and write split, catalogue and examples.
 
-    Held-out examples are sampled once (``test_examples`` a split, 0 for all), so that all methods and seeds share them.
+    Held-out examples are sampled once (``test_examples`` a test split, 0 for all), so that all methods and seeds share
+    them.
     """
     interactions = load_dataset(dataset, **dataset_options)
     split = splits.make_split(shift, interactions, split_seed, **shift_options)
@@ -84,8 +87,9 @@ def prepare_data(
     rng = np.random.default_rng(split_seed)
     kept = []
     for name, rows in sorted(of_split.groupby(of_split).indices.items()):
-        if name != "train" and 0 < test_examples < len(rows):
-            rows = np.sort(rng.choice(rows, test_examples, replace=False))
+        most = {"train": 0, "validation": validation_examples}.get(name, test_examples)
+        if 0 < most < len(rows):
+            rows = np.sort(rng.choice(rows, most, replace=False))
         kept.append(rows)
     examples = examples.take(np.concatenate(kept))
     catalogue = interactions.items[interactions.items["item"].isin(split["item"])]
@@ -116,31 +120,45 @@ def fine_tune(
     seed: int,
     pretrain_epochs: int,
     epochs: float,
+    weighting: str,
     learning_rate: float,
     batch_size: int,
     lora_rank: int,
 ) -> dict[str, Any]:
-    """Supervised fine-tuning (completion loss) of a backbone on the training examples.
+    """Supervised fine-tuning (completion loss) of a backbone on the training examples, weighed by ``weighting``.
 
-    ``tiny`` is initialised from ``seed`` and first pretrained on the catalogue's titles alone.
+    An embedded backbone is initialised from ``seed`` and first pretrained on the catalogue's titles alone; with
+    ``epochs`` 0 it stays as it is then, and a loaded one as it was.
     """
     items, examples = _tables(data)
     model, tokenizer = _backbone(backbone, items["title"], seed, lora_rank)
     shared = {"seed": seed, "learning_rate": learning_rate, "batch_size": batch_size, "folder": folder}
     shared["train_sampling_strategy"] = "group_by_length"  # little padding
-    if backbone == _TINY and pretrain_epochs:
+    logs = []
+    if backbone in _TINY and pretrain_epochs:
         titles = [{"prompt": prompts.prompt_text([]), "chosen": prompts.response_text(t)} for t in items["title"]]
         arguments = _arguments(TrainingArguments, rows=len(titles), epochs=pretrain_epochs, **shared)
-        trainers.SupervisedTrainer(model, arguments, titles, tokenizer, label="pretraining on titles").train()
+        trainer = trainers.SupervisedTrainer(model, arguments, titles, tokenizer, label="pretraining on titles")
+        trainer.train()
+        logs.append(pd.DataFrame(trainer.table()).assign(part="pretraining"))
     titles = items.set_index("item")["title"]
-    rows = prompts.prompt_table(examples[examples["split"] == "train"], titles).to_dict("records")
-    arguments = _arguments(TrainingArguments, rows=len(rows), epochs=epochs, **shared)
-    trainer = trainers.SupervisedTrainer(model, arguments, rows, tokenizer, label="fine-tuning")
-    outcome = trainer.train()
-    pd.DataFrame(trainer.table()).to_csv(folder / "log.csv", index=False)
+    sample = examples[examples["split"] == "train"]
+    rows = prompts.prompt_table(sample, titles)
+    weights = pick(fairness.WEIGHTINGS, weighting, "weighting of training examples")(sample, items)
+    if weights is not None:
+        rows["weight"] = weights
+    outcome = None
+    if epochs:
+        arguments = _arguments(TrainingArguments, rows=len(rows), epochs=epochs, **shared)
+        trainer = trainers.SupervisedTrainer(model, arguments, rows.to_dict("records"), tokenizer, label="fine-tuning")
+        outcome, model = trainer.train(), trainer.model
+        logs.append(pd.DataFrame(trainer.table()).assign(part="fine-tuning"))
+    if not logs:
+        raise StudyError("epochs = 0 leaves nothing to train here: set it above 0, or pretrain an embedded backbone")
+    pd.concat(logs, ignore_index=True).to_csv(folder / "log.csv", index=False)
     validation = prompts.prompt_table(examples[examples["split"] == "validation"], titles)
     features = trainers.encode_features(
-        tokenizer, validation.to_dict("records"), ["chosen"], trainers.context_of(trainer.model)
+        tokenizer, validation.to_dict("records"), ["chosen"], trainers.context_of(model)
     )
     scores = packing.score_dataset(
         model,
@@ -149,12 +167,12 @@ def fine_tune(
         tokenizer.pad_token_id,
         2 * batch_size,
     )
-    _save(trainer.model, tokenizer, items, folder)
+    _save(model, tokenizer, items, folder)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_loss": outcome.training_loss,
+        "train_loss": outcome.training_loss if outcome else float("nan"),
         "validation_logp": float(scores.sum_logps.mean()),
-        "train_seconds": outcome.metrics["train_runtime"],
+        "train_seconds": outcome.metrics["train_runtime"] if outcome else 0.0,
     }
 
 
@@ -442,10 +460,10 @@ def _tables(data: str) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _backbone(source: str | Path, titles: pd.Series | list[str], seed: int, lora_rank: int) -> tuple[Any, Any]:
-    if source == _TINY:
+    if source in _TINY:
         if lora_rank:
-            raise StudyError("lora_rank adapts pretrained weights, and the backbone 'tiny' has none: set lora_rank: 0")
-        model, tokenizer = backbone.tiny_backbone(titles, seed)
+            raise StudyError(f"lora_rank adapts pretrained weights, and {source!r} has none: set lora_rank: 0")
+        model, tokenizer = backbone.tiny_backbone(titles, seed, source)
     else:
         # Small steps vanish when they are added to bfloat16 weights; adapters are float32 whatever they adapt.
         model, tokenizer = backbone.load_checkpoint(source, dtype="auto" if lora_rank else torch.float32)

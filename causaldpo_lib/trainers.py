@@ -285,9 +285,10 @@ class PackedTrainer(ResumableTrainer):
 
 
 class SupervisedTrainer(PackedTrainer):
-    """Completion-only cross-entropy: the mean over response tokens of -log pi(token | prompt, earlier tokens).
+    r"""Completion-only cross-entropy: the mean over response tokens of -log pi(token | prompt, earlier tokens).
 
-    The rows have string columns ``prompt`` and ``chosen``.
+    The rows have string columns ``prompt`` and ``chosen``. With a column ``weight`` in all of them the loss is
+    :math:`\frac1B\sum_i w_i \overline{CE}_i`, :math:`\overline{CE}_i` the mean over the tokens of response i.
     """
 
     def __init__(
@@ -298,12 +299,24 @@ class SupervisedTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase,
         label: str = "fine-tuning",
     ) -> None:
-        features = encode_features(processing_class, train_dataset, ["chosen"], context_of(model))
+        rows = list(train_dataset)
+        features = encode_features(processing_class, rows, ["chosen"], context_of(model))
         super().__init__(model, args, features, processing_class, label)
+        weights = [row["weight"] for row in rows if "weight" in row]
+        if weights and len(weights) < len(rows):
+            raise StudyError(
+                f"{len(rows) - len(weights)} of {len(rows)} training rows have no weight: weigh all or none"
+            )
+        self.weights = torch.tensor(weights, dtype=torch.float32) if weights else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index, scores = self.scores(model, inputs)
-        loss = self.checked(-scores.sum_logps.sum() / scores.tokens.sum(), index)
+        if self.weights is None:
+            loss = -scores.sum_logps.sum() / scores.tokens.sum()
+        else:
+            means = -(scores.sum_logps / scores.tokens)[:, 0]
+            loss = (self.weights[index].to(means.device) * means).mean()
+        loss = self.checked(loss, index)
         return (loss, scores) if return_outputs else loss
 
 
