@@ -10,7 +10,12 @@ from causaldpo_lib.decoding import MINUS_INFINITY, Reading, child_logps
 
 
 def beam_search(
-    reading: Reading, trie: Trie, width: int, dead: Tensor | None = None, normalise_length: bool = False
+    reading: Reading,
+    trie: Trie,
+    width: int,
+    dead: Tensor | None = None,
+    normalise_length: bool = False,
+    assistance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The ``width`` titles that beam search finds most probable under pi_C for each of B prompts, best first.
 
@@ -23,6 +28,7 @@ def beam_search(
         trie: on the device of the model.
         width: beams kept, at most as many as titles; 1 or more.
         dead: (B, M) bool, nodes that a row must not enter (``dead_nodes``); probabilities stay those of the whole trie.
+        assistance: (B, M), what is added to the log-probability of a step into each node (``assisted_steps``).
         normalise_length: beams compete by log pi_C / tokens, the end-of-sequence token included.
 
     Returns:
@@ -34,6 +40,8 @@ def beam_search(
     width = min(width, len(trie.paths))
     root = torch.zeros(len(reading.states), dtype=torch.long, device=device)
     scores, nodes = child_logps(reading.head, reading.states, root, trie, constrained=True)
+    if assistance is not None:
+        scores = scores + assistance.gather(1, nodes)
     # lineage[b, p, s]: does the p-th parent of row b see the s-th appended token? source: the parent of each candidate.
     lineage = torch.zeros(len(nodes), 1, 0, dtype=torch.bool, device=device)
     source = torch.zeros_like(nodes)
@@ -55,6 +63,8 @@ def beam_search(
         steps, children = child_logps(reading.head, states.flatten(0, 1), parents.flatten(), trie, constrained=True)
         before = scores.gather(1, growing).masked_fill(~live.gather(1, growing), MINUS_INFINITY)
         grown = before[..., None] + steps.view(*parents.shape, -1)
+        if assistance is not None:
+            grown = grown + assistance.gather(1, children.view(len(parents), -1)).view_as(grown)
         scores = torch.cat([scores.masked_fill(live, MINUS_INFINITY), grown.flatten(1)], dim=1)
         nodes = torch.cat([nodes, children.view(len(nodes), -1)], dim=1)
         offspring = torch.arange(size, device=device).repeat_interleave(grown.shape[-1])
@@ -79,6 +89,25 @@ def dead_nodes(trie: Trie, masked: list[list[int]]) -> Tensor:
         nodes = trie.paths[sorted(set(positions))].flatten()
         dead[row] = torch.bincount(nodes, minlength=len(trie.leaf)) == alive
     return dead
+
+
+def assisted_steps(logps: Tensor, trie: Trie) -> Tensor:
+    r"""log s of D3 (arXiv 2406.14900) for a step into each node, (B, M), from another recommender's log p, (B, N).
+
+    .. math:: s(t \mid prefix) = \frac{\sum_{i \in I(prefix + t)} p_i}{\sum_{i \in I(prefix)} p_i}
+
+    with I the titles that start so. Along a title the steps' logs add up to log p of that title.
+    """
+    shares = logps.double().exp()
+    masses = torch.zeros(len(logps), len(trie.leaf), dtype=torch.float64, device=logps.device)
+    for nodes in trie.paths.T:
+        masses.index_add_(1, nodes, shares)
+    masses[:, 0] = shares.sum(1)  # the paths' padding fell on the root
+    before = torch.cat([torch.zeros_like(trie.paths[:, :1]), trie.paths[:, :-1]], dim=1)
+    parents = torch.zeros_like(trie.leaf)
+    parents[trie.paths[trie.paths > 0]] = before[trie.paths > 0]
+    logs = masses.clamp_min(1e-20).log()  # D3's own floor
+    return (logs - logs[:, parents]).float()
 
 
 def _ranked(scores: Tensor, nodes: Tensor, trie: Trie, normalise_length: bool) -> Tensor:

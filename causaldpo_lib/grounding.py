@@ -115,8 +115,7 @@ def ground_texts(
     title_vectors: Tensor,
     encode: Encoder,
     distance: str = "cosine",
-    boost: Tensor | None = None,
-    gamma: float = 0.0,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Scores (B, N) of N titles, the higher the nearer, for B examples with their generated texts, best first.
 
@@ -124,8 +123,8 @@ def ground_texts(
     0 that fall with the beams. The others have minus their distance to the first text that is not blank. Where all
     texts are blank nothing is near: every title has 0.
 
-    With ``boost`` C, (N,) or (B, N), such as popularity shares or another recommender's scores, the distance is
-    BIGRec's D~ (1 + C~)^-gamma, both min-max normalised per example.
+    With ``factors``, (N,) or (B, N), such as ``boost_factors``, distances are min-max normalised per example and then
+    multiplied by them.
 
     Raises:
         StudyError: texts are not lists of strings, or the distance is unknown.
@@ -139,14 +138,22 @@ def ground_texts(
     spoken = [row for row, text in enumerate(written) if text]
     if spoken:
         far = measure(encode([written[row] for row in spoken]).float(), title_vectors.float())
-        if boost is not None:
-            far = _min_max(far) * (1.0 + _min_max(boost.expand(len(texts), -1)[spoken])) ** -gamma
+        if factors is not None:
+            far = _min_max(far) * factors.expand(len(texts), -1)[spoken]
         scores[spoken] = -far
     place = {squeezed(title): position for position, title in enumerate(titles)}
     for row, beams in enumerate(texts):
         exact = list(dict.fromkeys(place[text] for text in map(squeezed, beams) if text in place))
         scores[row, exact] = torch.arange(len(exact), 0, -1, dtype=scores.dtype)
     return scores
+
+
+def boost_factors(boost: Tensor, gamma: float) -> Tensor:
+    """BIGRec's factors (1 + C~)^-gamma on distances, C~ = ``boost`` min-max normalised over its last dimension.
+
+    ``boost``, (N,) or (B, N): popularity shares, or another recommender's probabilities.
+    """
+    return (1.0 + _min_max(boost)) ** -gamma
 
 
 def named_titles(text: str, titles: Sequence[str]) -> list[str]:

@@ -377,6 +377,34 @@ def _top_cluster_minimum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def _random_negatives(log_probs: LogProbs, size: Tensor, generator: torch.Generator | None) -> Tensor:
+    """As many random rejected responses of each row as ``size`` (B,) says, (B, K) bool."""
+    if generator is None:
+        raise StudyError("selection 'random' draws negatives: give a generator, as the trainer does")
+    noise = torch.rand(log_probs.rejected.shape, device=generator.device, generator=generator).to(log_probs.rejected)
+    order = noise.masked_fill(~log_probs.rejected_mask, 2.0).argsort(-1).argsort(-1)
+    return order < size[:, None]
+
+
+# Which rejected responses a dynamic loss looks at: DynamicPO's boundary, as many at random, or all of them.
+SELECTIONS: dict[str, Callable[[LogProbs, torch.Generator | None], Tensor]] = {
+    "boundary": lambda log_probs, generator: boundary_negatives(log_probs),
+    "random": lambda log_probs, generator: _random_negatives(
+        log_probs, boundary_negatives(log_probs).sum(-1), generator
+    ),
+    "all": lambda log_probs, generator: log_probs.rejected_mask,
+}
+
+
+def _selected(
+    log_probs: LogProbs, beta: float, gamma: float, alpha: float, selection: str, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """The selected responses (B, K) bool, and their betas (B, K)."""
+    chosen = pick(SELECTIONS, selection, "selection of negatives")(log_probs, generator)
+    return chosen, boundary_betas(log_probs, chosen, beta, gamma, alpha)
+
+
+@torch.no_grad()
 def boundary_betas(log_probs: LogProbs, boundary: Tensor, beta: float, gamma: float, alpha: float) -> Tensor:
     r"""DynamicPO's :math:`\beta_j = \beta(1 + \alpha\tanh\frac{\delta_1 - \delta_2 - \gamma}{|\delta_1| +
     |\delta_2|})` for the responses of ``boundary``, (B, K).
@@ -392,23 +420,39 @@ def boundary_betas(log_probs: LogProbs, boundary: Tensor, beta: float, gamma: fl
     return beta * (1 + alpha * torch.tanh((to_chosen - to_outside - gamma) / scale))
 
 
-def dynamic_dmpo_loss(log_probs: LogProbs, *, beta: float = 1.0, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
+def dynamic_dmpo_loss(
+    log_probs: LogProbs,
+    *,
+    beta: float = 1.0,
+    gamma: float = 2.0,
+    alpha: float = 0.5,
+    selection: str = "boundary",
+    generator: torch.Generator | None = None,
+) -> Tensor:
     r"""DynamicPO on DMPO: :math:`-\log\sigma(\frac{1}{|\mathcal B|}\sum_{j \in \mathcal B} \beta_j (h_w - h_j))`.
 
-    Source: arXiv 2605.00327; ``gamma`` is 2 in the first release of its code, 6 in a later one.
+    ``alpha`` 0 is one beta for all. ``selection``, a name of ``SELECTIONS``, replaces :math:`\mathcal B` for controls;
+    ``random`` needs a ``generator``. Source: arXiv 2605.00327; ``gamma`` is 2 in the first release of its code, 6 in a
+    later one.
     """
-    boundary = boundary_negatives(log_probs)
-    betas = boundary_betas(log_probs, boundary, beta, gamma, alpha)
+    boundary, betas = _selected(log_probs, beta, gamma, alpha, selection, generator)
     return -F.logsigmoid(mean_over_rejected(betas * margins_of(log_probs.log_ratios()), boundary))
 
 
-def dynamic_s_dpo_loss(log_probs: LogProbs, *, beta: float = 1.0, gamma: float = 2.0, alpha: float = 0.5) -> Tensor:
+def dynamic_s_dpo_loss(
+    log_probs: LogProbs,
+    *,
+    beta: float = 1.0,
+    gamma: float = 2.0,
+    alpha: float = 0.5,
+    selection: str = "boundary",
+    generator: torch.Generator | None = None,
+) -> Tensor:
     r"""DynamicPO on S-DPO: :math:`-\log\sigma(-\log\sum_{j \in \mathcal B} e^{\beta_j (h_j - h_w)})`.
 
     Source: as ``dynamic_dmpo_loss``.
     """
-    boundary = boundary_negatives(log_probs)
-    betas = boundary_betas(log_probs, boundary, beta, gamma, alpha)
+    boundary, betas = _selected(log_probs, beta, gamma, alpha, selection, generator)
     return F.softplus(_log_sum_exp(-betas * margins_of(log_probs.log_ratios()), boundary))
 
 
@@ -419,13 +463,14 @@ def dynamic_mppo_loss(
     gamma: float = 2.0,
     alpha: float = 0.5,
     probability: str = "geometric",
+    selection: str = "boundary",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""DynamicPO on MPPO: :math:`-\log\sigma(\sum_{j \in \mathcal B} \beta_j (p_w - p_j))`, p as in ``mppo_loss``.
 
     Boundary and betas stay on :math:`\ell`. Source: as ``dynamic_dmpo_loss``; its code takes p of the sequence.
     """
-    boundary = boundary_negatives(log_probs)
-    betas = boundary_betas(log_probs, boundary, beta, gamma, alpha)
+    boundary, betas = _selected(log_probs, beta, gamma, alpha, selection, generator)
     return -F.logsigmoid((betas * margins_of(_probabilities(log_probs, probability)) * boundary).sum(-1))
 
 
@@ -557,7 +602,8 @@ def preference_loss(
         reference, in nats), ``accuracy`` (share of rejected responses with an implicit reward below the chosen one's)
         and ``chosen_logp``. With K > 1 also ``accuracy_1`` ... per rejected response, ``win_rate`` (share of prompts
         whose chosen reward is above all) and ``margin_min`` (mean over prompts of the least margin); of beta-DPO
-        ``beta_used``, ``margin_mean``, ``margin_std``; of DynamicPO ``boundary_share``, ``gradient_share``.
+        ``beta_used``, ``margin_mean``, ``margin_std``; of DMPO, S-DPO, MPPO and DynamicPO on them ``boundary_share``,
+        the share of DynamicPO's boundary among the rejected, and its ``gradient_share``, both with K > 1.
 
     Raises:
         StudyError: as ``example_losses``.
@@ -593,7 +639,7 @@ def _metrics(name: str, log_probs: LogProbs, options: dict[str, object]) -> dict
         metrics |= {f"accuracy_{j}": column for j, column in enumerate(columns, start=1)}
         metrics["win_rate"] = (won | ~mask).all(-1).to(margins).mean()
         metrics["margin_min"] = margins.masked_fill(~mask, torch.inf).amin(-1).mean()
-    if name.startswith("dynamic_"):
+    if mask.shape[1] > 1 and name.removeprefix("dynamic_") in ("dmpo", "s_dpo", "mppo"):
         boundary = boundary_negatives(log_probs)
         metrics["boundary_share"] = mean_over_rejected(boundary.to(margins), mask).mean()
         metrics["gradient_share"] = gradient_share(name, log_probs, boundary, **options).mean()

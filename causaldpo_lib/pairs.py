@@ -6,10 +6,14 @@ different ones in a row, never the target, never an item of the history.
 
 The choice matters without any confounder: DPO's optimum is proportional to ref(y) (p(y|x) / q(y|x))^(1/beta) when
 chosen ones are drawn from p and rejected ones from q. So methods are compared under one sampler.
+
+``popularity`` and ``environment_matched`` take ``tempering`` t: they draw in proportion to q^t, so that 0 is uniform
+and 1 the sampler itself.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import numpy as np
@@ -29,15 +33,48 @@ def uniform(examples: pd.DataFrame, items: pd.DataFrame, count: int, rng: np.ran
     return _drawn(examples, items, np.ones(len(items)), count, rng)
 
 
-def popularity(examples: pd.DataFrame, items: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
+def popularity(
+    examples: pd.DataFrame, items: pd.DataFrame, count: int, rng: np.random.Generator, *, tempering: float = 1.0
+) -> np.ndarray:
     """In proportion to ``train_count``, without replacement; an item that was never trained on is never drawn.
 
-    RosePO's popularity-aware sampling (arXiv 2410.12519). q is the popularity, so DPO does not sharpen it.
+    RosePO's popularity-aware sampling (arXiv 2410.12519). q is the popularity, so DPO does not sharpen it. With a
+    ``tempering`` between 0 and 1 it is sharpened in part.
 
     Raises:
         StudyError: too few trained items besides some history.
     """
-    return _drawn(examples, items, items["train_count"].to_numpy(float), count, rng)
+    return _drawn(examples, items, items["train_count"].to_numpy(float) ** tempering, count, rng)
+
+
+def environment_matched(
+    examples: pd.DataFrame, items: pd.DataFrame, count: int, rng: np.random.Generator, *, tempering: float = 1.0
+) -> np.ndarray:
+    r"""Chosen items of other examples, weighed by how much their environments agree with the prompt's.
+
+    .. math:: q(y \mid x) = \sum_k p(E = k \mid x)\, p(y \mid E = k), \quad
+              p(y \mid E = k) = \frac{1/V + \sum_i p_{ik} 1[y_i = y]}{1 + \sum_i p_{ik}}
+
+    with memberships :math:`p_{ik}` from the column ``memberships`` (a list of K a row) and one observation spread over
+    the V items, so that none is impossible. This study's own proposal.
+
+    DPO's optimum is :math:`ref(y) (p(y|x) / q(y|x))^{1/\beta}`. Where environments boost items whoever the user is,
+    p(y|x) is :math:`\sum_k p(k|x) t(y|x) b_k(y)` up to a constant, and p(y|E = k) goes with
+    :math:`b_k(y) E[t(y|x)]`. In their quotient what the environment adds cancels, and t(y|x) / E[t(y|x)] is left: what
+    this prompt says beyond its environment. The penalty of Eq. 10 leaves the environment in the target and forbids its
+    trace in the rewards; here it is divided out of the target. A single environment gives the popularity among the
+    chosen items; hard memberships in the true environments are the bound.
+
+    Raises:
+        StudyError: the column is missing, or the catalogue has too few items besides some history.
+    """
+    if "memberships" not in examples:
+        raise StudyError("these negatives need a column 'memberships', which the examples lack: add it")
+    memberships = np.stack(examples["memberships"].map(np.asarray).tolist()).astype(float)
+    chosen = np.full((memberships.shape[1], len(items)), 1 / len(items))
+    np.add.at(chosen.T, _positions(items, examples["item"], "target"), memberships)
+    chosen /= 1 + memberships.sum(axis=0)[:, None]
+    return _drawn_by_row(examples, items, lambda rows: (memberships[rows] @ chosen) ** tempering, count, rng)
 
 
 def candidates(examples: pd.DataFrame, items: pd.DataFrame, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -94,29 +131,42 @@ def self_generated(examples: pd.DataFrame, items: pd.DataFrame, count: int, rng:
 
 ROUNDS = 30  # of redrawing at once what was taken, before the few rows left are drawn from what they leave
 
-Sampler = Callable[[pd.DataFrame, pd.DataFrame, int, np.random.Generator], np.ndarray]
+Sampler = Callable[..., np.ndarray]  # (examples, items, count, rng, **own options)
 
 NEGATIVES: dict[str, Sampler] = {
     "uniform": uniform,
     "popularity": popularity,
+    "environment_matched": environment_matched,
     "candidates": candidates,
     "semantic": semantic,
     "self_generated": self_generated,
 }
 
 
-def preference_pairs(examples: pd.DataFrame, items: pd.DataFrame, negatives: str, count: int, seed: int) -> np.ndarray:
+def preference_pairs(
+    examples: pd.DataFrame, items: pd.DataFrame, negatives: str, count: int, seed: int, tempering: float = 1.0
+) -> np.ndarray:
     """Rejected items (N, count) of examples, by a sampler of ``NEGATIVES`` from a generator seeded with ``seed``.
 
+    ``tempering``, 0 to 1, is for the samplers that draw in proportion to something.
+
     Raises:
-        StudyError: an unknown sampler, fewer than one negative, no examples, or what the sampler refuses.
+        StudyError: an unknown sampler, fewer than one negative, no examples, a tempering that the sampler does not take
+            or outside its range, or what the sampler refuses.
     """
     sampler = pick(NEGATIVES, negatives, "negative sampler")
     if count < 1:
         raise StudyError(f"negatives_per_prompt is {count}: a preference pair needs 1 or more")
     if examples.empty:
         raise StudyError("there are no examples to draw negatives for: keep some training examples")
-    return sampler(examples, items, count, np.random.default_rng(seed))
+    if not 0 <= tempering <= 1:
+        raise StudyError(f"negatives_tempering is {tempering}: give a number from 0 (uniform) to 1")
+    options = {}
+    if tempering != 1:
+        if "tempering" not in inspect.signature(sampler).parameters:
+            raise StudyError(f"negatives {negatives!r} are not drawn by weights: set negatives_tempering to 1")
+        options = {"tempering": tempering}
+    return sampler(examples, items, count, np.random.default_rng(seed), **options)
 
 
 # --- what samplers share; items are handled as positions in the catalogue ---
@@ -150,6 +200,35 @@ def _drawn(
             rest = weights.copy()
             rest[taken[begin:end] - row * len(items)] = rest[found[row, :place]] = 0
             found[row, place] = rng.choice(len(items), p=rest / rest.sum())
+    return items["item"].to_numpy()[found]
+
+
+def _drawn_by_row(
+    examples: pd.DataFrame,
+    items: pd.DataFrame,
+    weights_of: Callable[[slice], np.ndarray],
+    count: int,
+    rng: np.random.Generator,
+    size: int = 512,
+) -> np.ndarray:
+    """As ``_drawn`` with weights (rows, items), all above 0, of each row's own: ``weights_of`` gives those of a slice.
+
+    Successive draws without replacement are the largest Gumbel-perturbed log-weights.
+    """
+    taken, found = _taken(examples, items), np.empty((len(examples), count), dtype=np.int64)
+    left = len(items) - np.bincount(taken // len(items), minlength=len(examples))
+    if left.min() < count:
+        raise StudyError(
+            f"the catalogue leaves {left.min()} items besides target and history of example "
+            f"{examples.index[left.argmin()]!r}, not {count}: lower negatives_per_prompt"
+        )
+    for start in range(0, len(examples), size):
+        rows = slice(start, min(start + size, len(examples)))
+        keys = np.log(weights_of(rows))
+        keys += rng.gumbel(size=keys.shape)
+        begin, end = np.searchsorted(taken, [rows.start * len(items), rows.stop * len(items)])
+        keys[taken[begin:end] // len(items) - rows.start, taken[begin:end] % len(items)] = -np.inf
+        found[rows] = (-keys).argsort(axis=1, kind="stable")[:, :count]
     return items["item"].to_numpy()[found]
 
 

@@ -29,24 +29,38 @@ KEPT = ("config.json", "notebook.ipynb", "log.txt")  # what a fresh start of a r
 class Stage:
     """A step of the study: its notebook, its function in ``stages.py``, and the run folders it reads.
 
-    ``inputs`` maps the parameter that names an upstream run folder to the stages accepted there.
+    ``inputs`` maps the parameter that names an upstream run folder to the stages accepted there; those of ``optional``
+    may be left empty.
     """
 
     notebook: str
     function: str
     inputs: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
         """The notebook's file."""
         return NOTEBOOKS / f"{self.notebook}.ipynb"
 
+    def given(self, parameters: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+        """The inputs that ``parameters`` name: all of ``inputs``, and what is not empty of ``optional``."""
+        return {**self.inputs, **{key: stages for key, stages in self.optional.items() if parameters[key]}}
+
 
 STAGES: dict[str, Stage] = {
     "data": Stage("01_data_and_shifts", "prepare_data", {}),
     "sft": Stage("02_supervised_fine_tuning", "fine_tune", {"data": ("data",)}),
-    "align": Stage("03_preference_alignment", "align", {"data": ("data",), "sft": ("sft",)}),
-    "rank": Stage("04_ranking_evaluation", "rank", {"data": ("data",), "checkpoint": ("sft", "align")}),
+    "sasrec": Stage("12_sequential_recommender", "fit_sequential", {"data": ("data",)}),
+    "align": Stage(
+        "03_preference_alignment", "align", {"data": ("data",), "sft": ("sft",)}, {"assistant": ("sasrec",)}
+    ),
+    "rank": Stage(
+        "04_ranking_evaluation",
+        "rank",
+        {"data": ("data",), "checkpoint": ("sasrec", "sft", "align")},
+        {"assistant": ("sasrec",)},
+    ),
     "environments": Stage("05_pseudo_environments", "infer_environments", {"data": ("data",), "sft": ("sft",)}),
 }
 
@@ -95,7 +109,7 @@ def _identity(stage: str, parameters: Mapping[str, Any]) -> tuple[str, str]:
     empty = [key for key in STAGES[stage].inputs if not parameters[key]]
     if empty:
         raise StudyError(f"{STAGES[stage].path.name}: {empty[0]} is empty: give the run folder to read")
-    inputs = {key: _identity_at(parameters[key]) for key in STAGES[stage].inputs}
+    inputs = {key: _identity_at(parameters[key]) for key in STAGES[stage].given(parameters)}
     setting = inputs["data"][0] if inputs else f"{parameters['dataset']}-{parameters['shift']}"
     if stage == "data":
         label = "data"
@@ -171,7 +185,7 @@ def open_run(stage: str, parameters: Mapping[str, Any], folder: str | Path | Non
         StudyError: the folder holds another configuration or something else; an input is missing, unfinished,
             of the wrong stage, or was itself made from other data than ``data``.
     """
-    accepted = pick(STAGES, stage, "stage").inputs
+    accepted = pick(STAGES, stage, "stage").given(parameters)
     setting, name = _identity(stage, parameters)
     inputs = {key: load_run(parameters[key], stages) for key, stages in accepted.items()}
     for key, run in inputs.items():

@@ -37,13 +37,14 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy.stats import kendalltau
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from causaldpo_lib.backbone import load_checkpoint
-from causaldpo_lib.beam import beam_search, dead_nodes, in_order
+from causaldpo_lib.beam import assisted_steps, beam_search, dead_nodes, in_order
 from causaldpo_lib.catalogue import CATALOGUE_FILE, Catalogue, Trie, read_catalogue, titles_of
 from causaldpo_lib.causal import BACKDOOR_FILE, Backdoor, with_environment
 from causaldpo_lib.decoding import MINUS_INFINITY, Reading, check_exact, read_prompts, title_logps
@@ -118,22 +119,40 @@ def rank_beam(
     mixture: Backdoor | None = None,
     normalise_length: bool = False,
     width: int | None = None,
+    assistant: np.ndarray | None = None,
+    assistant_weight: float = 0.0,
 ) -> Ranking:
-    """The top ``k`` of the catalogue by beam search under pi_C, D3's rule (arXiv 2406.14900).
+    r"""The top ``k`` of the catalogue by beam search under pi_C, D3's rule (arXiv 2406.14900).
 
     No length normalisation: dividing by length favours titles with near-certain tokens, which add length at no cost.
     ``normalise_length`` does it nonetheless. ``width`` beams are kept, ``k`` if None: more find more of the exact list.
 
+    With ``assistant`` (N, items), another recommender's log-probabilities, beams compete by D3's mixture: weight w for
+    the assistant, 1 - w for the model at each step, which over a title adds up to
+    :math:`(1 - w) \log\pi_C(y|x) + w \log p_{assistant}(y)`. ``target_logp`` stays the model's own.
+
     Raises:
-        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights.
+        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights;
+            a mixture with an assistant.
     """
+    if assistant is not None:
+        _refuse(mixture)
     task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, mixture)
     result = task.empty_lists()
     rank = np.full(len(prompts), len(catalogue.items))
     for chunk, readings in task.batches(batch_size):
         dead = None if masked is None else dead_nodes(task.trie, [task.masked[row] for row in chunk])
-        beams = [beam_search(reading, task.trie, max(k, width or k), dead, normalise_length) for reading in readings]
+        steps = None
+        if assistant is not None and assistant_weight:
+            own = torch.as_tensor(assistant[chunk], device=task.trie.leaf.device)
+            # Weights 1 - w and w order titles as 1 and w / (1 - w) do; the scores are scaled back below.
+            steps = assisted_steps(own, task.trie) * (assistant_weight / (1 - assistant_weight))
+        beams = [
+            beam_search(reading, task.trie, max(k, width or k), dead, normalise_length, steps) for reading in readings
+        ]
         found, scores = beams[0]
+        if steps is not None:
+            scores = scores * (1 - assistant_weight)
         if len(beams) > 1:
             union = torch.cat([positions for positions, _ in beams], dim=1)
             scores = task.mix([title_logps(reading, union, task.trie, constrained=True) for reading in readings])
@@ -220,8 +239,8 @@ def rank_embedding(
     distance: str = "cosine",
     beams: int = 4,
     max_new_tokens: int | None = None,
-    boost: np.ndarray | None = None,
-    gamma: float = 0.0,
+    texts: Sequence[list[str]] | None = None,
+    factors: np.ndarray | None = None,
 ) -> GroundedRanking:
     """The catalogue by nearness to what the model writes: BIGRec's grounding (arXiv 2308.08434), after exact matches.
 
@@ -230,8 +249,10 @@ def rank_embedding(
         distance: "cosine" or "l2", a name of ``grounding.DISTANCES``.
         beams: texts per example, by unconstrained beam search; BIGRec's 4.
         max_new_tokens: room for a text; None for that of the longest title.
-        boost, gamma: BIGRec's injection of popularity or of another recommender's scores, (items,) or (N, items);
-            gamma is to be chosen on validation examples.
+        texts: what was written for the examples before, to be ranked anew; None writes it.
+        factors: on the distances, (items,) or (N, items): BIGRec's injection of popularity or of another recommender
+            (``grounding.boost_factors``), IFairLRS's re-ranking (``fairness.unfairness_factors``). Their strength is
+            to be chosen on validation examples.
 
     Raises:
         StudyError: as ``rank_beam``; an unknown distance or encoder; a mixture, which writes no text of its own.
@@ -240,21 +261,24 @@ def rank_embedding(
     task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, None)
     encode = state_encoder(model, tokenizer, batch_size) if encoder is None else sentence_encoder(str(encoder))
     vectors = encode(catalogue.titles)
-    extra = None if boost is None else torch.as_tensor(np.asarray(boost), dtype=torch.float32)
+    extra = None if factors is None else torch.as_tensor(np.asarray(factors), dtype=torch.float32)
     room = max_new_tokens or task.trie.paths.shape[1]
     result = task.empty_lists()
-    texts: list[list[str]] = [[] for _ in prompts]
+    found: list[list[str]] = [[] for _ in prompts]
     for chunk, readings in task.batches(batch_size):
-        written = generate_texts(model, tokenizer, [task.encoded[0][row] for row in chunk], beams, room)
+        if texts is None:
+            written = generate_texts(model, tokenizer, [task.encoded[0][row] for row in chunk], beams, room)
+        else:
+            written = [list(texts[row]) for row in chunk]
         own = extra if extra is None or extra.ndim == 1 else extra[chunk]
-        scores = ground_texts(written, catalogue.titles, vectors, encode, distance, own, gamma)
+        scores = ground_texts(written, catalogue.titles, vectors, encode, distance, own)
         task.fill(result, chunk, scores.to(task.trie.leaf.device))
         result.target_logp[chunk] = task.target_logps(chunk, readings)
         for row, beam in zip(chunk, written, strict=True):
-            texts[row] = beam
+            found[row] = beam
     known = set(map(squeezed, catalogue.titles))
-    exact = np.array([np.mean([squeezed(text) in known for text in row]) for row in texts])
-    return GroundedRanking(**vars(result), texts=texts, exact=exact)
+    exact = np.array([np.mean([squeezed(text) in known for text in row]) for row in found])
+    return GroundedRanking(**vars(result), texts=found, exact=exact)
 
 
 @torch.inference_mode()
@@ -323,6 +347,40 @@ def rank_candidates(
     titles = [[catalogue.titles[place] for place in row] for row in listed]
     aims = [catalogue.titles[place] for place in task.targets]
     return CandidateRanking(**vars(result), texts=answers, **answer_measures(answers, titles, aims))
+
+
+def rank_scores(
+    logps: np.ndarray,
+    items: np.ndarray,
+    targets: np.ndarray,
+    k: int,
+    masked: Sequence[Sequence[object]] | None = None,
+) -> Ranking:
+    """Ranking by log-probabilities (N, items) that are there already, such as SASRec's, under this module's rules.
+
+    Args:
+        items: ids in the order of the columns; ``targets`` (N,) ids; ``masked`` ids per example, or None.
+
+    Raises:
+        StudyError: a target or masked item that is not in the catalogue, or too few items left.
+    """
+    index = pd.Index(items)
+    places = index.get_indexer(targets)
+    if (places < 0).any():
+        raise StudyError(f"the target item {targets[int(np.argmin(places))]!r} is not in the catalogue: rank others")
+    scores = logps.astype(np.float32, copy=True)
+    own = np.take_along_axis(scores, places[:, None], axis=1)
+    if masked is not None:
+        for row, ids in enumerate(masked):
+            scores[row, index.get_indexer(pd.Index(ids))] = MINUS_INFINITY
+    size = min(k, len(items))
+    rank = (scores >= own).sum(axis=1) - 1
+    rank[np.isneginf(np.take_along_axis(scores, places[:, None], axis=1)[:, 0])] = len(items)
+    order = (-scores).argsort(axis=1, kind="stable")[:, :size]
+    left = (scores > MINUS_INFINITY).sum(axis=1).min(initial=size)
+    if left < size:
+        raise StudyError(f"masking leaves {left} titles for an example: set k to {left} or less, or mask fewer")
+    return Ranking(items[order], np.take_along_axis(scores, order, axis=1), rank, own[:, 0])
 
 
 RANKERS: dict[str, Callable[..., Ranking]] = {

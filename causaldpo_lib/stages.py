@@ -19,6 +19,7 @@ from transformers import TrainingArguments
 
 from causaldpo_lib import (
     backbone,
+    boosts,
     causal,
     environments,
     fairness,
@@ -28,6 +29,7 @@ from causaldpo_lib import (
     pipeline,
     prompts,
     ranking,
+    sasrec,
     splits,
     trainers,
 )
@@ -180,6 +182,7 @@ def align(
     folder: Path,
     data: str,
     sft: str,
+    assistant: str,
     method: str,
     seed: int,
     loss: str,
@@ -187,6 +190,7 @@ def align(
     nll_weight: float,
     negatives: str,
     negatives_per_prompt: int,
+    negatives_tempering: float,
     memberships: str,
     membership_gradient: str,
     prior: str,
@@ -198,6 +202,7 @@ def align(
     mmd_pairs: str,
     tokens_per_environment: int,
     iterations: int,
+    round_epochs: float,
     train_examples: int,
     epochs: float,
     learning_rate: float,
@@ -207,7 +212,9 @@ def align(
     """Preference alignment of a fine-tuned checkpoint, which is also the frozen reference.
 
     ``train_examples`` (0 for all) and their negatives depend on ``seed`` only: methods that share a seed share pairs.
-    Each of ``iterations`` starts from the policy of the one before, its new reference, and draws negatives anew.
+    Each of ``iterations`` starts from the policy of the one before, its new reference, and draws negatives anew; with
+    ``round_epochs`` it then fine-tunes on the round's examples before it aligns, as SPRec does. An ``assistant`` is
+    RosePO's preference oracle, whose doubts smooth the labels.
     """
     if iterations < 1:
         raise StudyError(f"iterations = {iterations} trains nothing: set it to 1 or more")
@@ -232,8 +239,28 @@ def align(
         pool = sample
         if negatives == "self_generated":
             pool = sample.assign(ranked=_own_lists(model, tokenizer, items, rows, sample, negatives_per_prompt))
-        rejected = pairs.preference_pairs(pool, items, negatives, negatives_per_prompt, seed + 1000 * iteration)
+        if negatives == "environment_matched":
+            pool = sample.assign(memberships=_memberships(model, tokenizer, rows, memberships, seed))
+        rejected = pairs.preference_pairs(
+            pool, items, negatives, negatives_per_prompt, seed + 1000 * iteration, negatives_tempering
+        )
         rows["rejected"] = [[prompts.response_text(titles[item]) for item in row] for row in rejected]
+        if assistant:
+            rows["label_smoothing"] = _doubts(assistant, sample, items, rejected)
+        if round_epochs:
+            arguments = _arguments(
+                TrainingArguments,
+                rows=len(rows),
+                folder=folder,
+                seed=seed + iteration,
+                epochs=round_epochs,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+            )
+            supervised = rows[["prompt", "chosen"]].to_dict("records")
+            trainers.SupervisedTrainer(model, arguments, supervised, tokenizer, label=f"{method}, fine-tuning").train()
+            if lora_rank:
+                model = backbone.with_lora(model.merge_and_unload(), lora_rank)
         # Batches are drawn at random, not by length: histories of one length share environments, and in a batch with
         # a single example of an environment the MMD measures that example.
         arguments = _arguments(
@@ -247,7 +274,7 @@ def align(
             loss=loss,
             loss_options=loss_options,
             nll_weight=nll_weight,
-            memberships="given" if memberships in ORACLES else memberships,
+            memberships=_kind(memberships),
             membership_gradient=membership_gradient,
             prior=prior,
             penalty=penalty,
@@ -278,16 +305,67 @@ def align(
         **_agreement(trainer.memberships.argmax(1).numpy(), sample, items),
         **{f"{name}_first": log[name].iloc[0] for name in ("mmd2_debiased", "margin", "chosen_logp")},
         **{f"{name}_last": log[name].iloc[-1] for name in ("mmd2_debiased", "margin", "chosen_logp", "accuracy")},
+        **({"smoothing_mean": float(rows["label_smoothing"].mean())} if assistant else {}),
+        "popularity_of_negatives": _popularity_of(rejected, items),
         "pairs": len(rows),
         "train_seconds": outcome.metrics["train_runtime"],
     }
+
+
+def fit_sequential(
+    folder: Path,
+    data: str,
+    seed: int,
+    loss: str,
+    hidden: int,
+    blocks: int,
+    heads: int,
+    dropout: float,
+    epochs: int,
+    patience: int,
+    learning_rate: float,
+    weight_decay: float,
+    batch_size: int,
+) -> dict[str, Any]:
+    """SASRec on the training examples' item ids, stopped by validation: a baseline, and what assists other methods."""
+    items, examples = _tables(data)
+    length = int(examples["history"].map(len).max())
+    ids = items["item"].to_numpy()
+    torch.manual_seed(seed)
+    shape = {"hidden": hidden, "blocks": blocks, "heads": heads, "dropout": dropout, "length": length}
+    model = sasrec.SASRec(len(ids), **shape).to(backbone.device())
+
+    def windows(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = examples[examples["split"] == split]
+        targets = torch.from_numpy(pd.Index(ids).get_indexer(rows["item"]))
+        return sasrec.encode_histories(rows["history"].tolist(), ids, length), targets
+
+    log = sasrec.fit_sasrec(
+        model,
+        windows("train"),
+        windows("validation"),
+        loss=loss,
+        epochs=epochs,
+        patience=patience,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+    )
+    pd.DataFrame(log).to_csv(folder / "log.csv", index=False)
+    sasrec.save_sasrec(model, ids, folder / "checkpoint")
+    best = max(log, key=lambda row: row["validation_ndcg10"])
+    return {"parameters": sum(weights.numel() for weights in model.parameters()), **best, "epochs_run": len(log)}
 
 
 def rank(
     folder: Path,
     data: str,
     checkpoint: str,
+    assistant: str,
     ranker: str,
+    boost: str,
+    strengths: list[float],
     beam_width: int,
     mask_history: bool,
     list_length: int,
@@ -296,7 +374,8 @@ def rank(
     """Rank the catalogue for the held-out examples and write the lists.
 
     On simulated data also the exact log-probabilities of the whole catalogue, one list an example in the order of
-    ``items.parquet``, which the true preferences are compared with.
+    ``items.parquet``, which the true preferences are compared with. A ``boost`` mixes something into the ranking, as
+    strongly as serves validation best among ``strengths``.
     """
     if list_length < LONGEST_LIST:
         raise StudyError(
@@ -304,40 +383,67 @@ def rank(
         )
     items, examples = _tables(data)
     examples = examples[examples["split"].isin(TESTED)].reset_index(drop=True)
-    source = pipeline.load_run(checkpoint, ("sft", "align")).folder / "checkpoint"
-    model, tokenizer = backbone.load_checkpoint(source)
-    mixture = causal.Backdoor.load(source) if (source / causal.BACKDOOR_FILE).exists() else None
-    catalogue = ranking.Catalogue.build(items, tokenizer)
-    texts = prompts.prompt_table(examples, items.set_index("item")["title"])["prompt"].tolist()
+    source = pipeline.load_run(checkpoint, ("sft", "align", "sasrec"))
+    if (source.stage == "sasrec") != (ranker == "sasrec"):
+        raise StudyError(f"ranker {ranker!r} does not fit a run of stage {source.stage}: 'sasrec' ranks by SASRec runs")
+    if mask_history and ranker == "candidates":
+        raise StudyError("ranker 'candidates' has its own lists, which hold nothing of the history: unset mask_history")
     options = {"masked": examples["history"].tolist()} if mask_history else {}
     if beam_width:
         if not ranker.startswith("beam"):
             raise StudyError(f"ranker {ranker!r} searches no beams: set beam_width: 0")
         options["width"] = beam_width
-    if mask_history and ranker == "candidates":
-        raise StudyError("ranker 'candidates' has its own lists, which hold nothing of the history: unset mask_history")
-    found = pick(ranking.RANKERS, ranker, "ranker")(
-        model,
-        tokenizer,
-        catalogue,
-        texts,
-        examples["item"].tolist(),
-        list_length,
-        batch_size,
-        mixture=mixture,
-        **options,
-    )
+    if strengths and not boost:
+        raise StudyError("strengths are those of a boost: name what is to be mixed in, or leave them empty")
+    simulated = (pipeline.load_run(data, "data").folder / "truth.parquet").exists()
+    shares, chosen = None, {}
+    if ranker == "sasrec":
+        if boost:
+            raise StudyError("ranker 'sasrec' mixes nothing in: leave boost empty")
+        shares = _sequential_logps(checkpoint, examples, items)
+        ids, targets = items["item"].to_numpy(), examples["item"].to_numpy()
+        found = ranking.rank_scores(shares, ids, targets, list_length, **options)
+    else:
+        model, tokenizer = backbone.load_checkpoint(source.folder / "checkpoint")
+        with_environments = (source.folder / "checkpoint" / causal.BACKDOOR_FILE).exists()
+        mixture = causal.Backdoor.load(source.folder / "checkpoint") if with_environments else None
+        catalogue = ranking.Catalogue.build(items, tokenizer)
+        texts = prompts.prompt_table(examples, items.set_index("item")["title"])["prompt"].tolist()
+
+        def ranked(rows: np.ndarray, **more: Any) -> ranking.Ranking:
+            """The examples of ``rows`` (positions), with options whose first dimension is the examples'."""
+            own = {name: [values[row] for row in rows] for name, values in options.items() if name == "masked"}
+            return pick(ranking.RANKERS, ranker, "ranker")(
+                model,
+                tokenizer,
+                catalogue,
+                [texts[row] for row in rows],
+                examples["item"].to_numpy()[rows].tolist(),
+                list_length,
+                batch_size,
+                mixture=mixture,
+                **{**options, **own, **more},
+            )
+
+        if boost:
+            logps = _sequential_logps(assistant, examples, items) if assistant else None
+            source = boosts.Source(ranked, examples, items, logps)
+            found, chosen["strength"] = boosts.boosted(source, ranker, boost, strengths)
+        else:
+            found = ranked(np.arange(len(examples)))
+        if simulated:
+            shares = ranking.catalogue_shares(model, tokenizer, catalogue, texts, batch_size, mixture=mixture)
     predictions = examples[["example", "split", "user", "item"]].rename(columns={"item": "target"})
     predictions = predictions.assign(
         rank=found.rank, target_logp=found.target_logp, items=found.items.tolist(), scores=found.scores.tolist()
     )
-    if (pipeline.load_run(data, "data").folder / "truth.parquet").exists():
-        shares = ranking.catalogue_shares(model, tokenizer, catalogue, texts, batch_size, mixture=mixture)
+    if shares is not None and simulated:
         predictions["catalogue_logps"] = shares.tolist()
     predictions.to_parquet(folder / "predictions.parquet")
     by_split = predictions.groupby("split")
     return {
         "catalogue": len(items),
+        **chosen,
         **{f"examples_{name}": len(part) for name, part in by_split},
         **{f"hr10_{name}": float((part["rank"] < 10).mean()) for name, part in by_split},
         **{f"target_logp_{name}": float(part["target_logp"].mean()) for name, part in by_split},
@@ -383,6 +489,7 @@ def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int
 STAGE_FUNCTIONS = {
     "data": prepare_data,
     "sft": fine_tune,
+    "sasrec": fit_sequential,
     "align": align,
     "rank": rank,
     "environments": infer_environments,
@@ -432,6 +539,46 @@ ORACLES = {
     "oracle_target": target_groups,
     "oracle_period": periods,
 }
+
+
+def _kind(memberships: str) -> str:
+    """What the trainer calls these memberships: oracles are labels that the rows carry."""
+    return "given" if memberships in ORACLES else memberships
+
+
+def _memberships(model: Any, tokenizer: Any, rows: pd.DataFrame, memberships: str, seed: int) -> list[np.ndarray]:
+    """The memberships that the trainer will give these rows, for the negatives to be drawn before there is one."""
+    encoded = prompts.encode_prompts(tokenizer, rows["prompt"].tolist(), trainers.context_of(model) - 1)
+    scores = packing.score_dataset(
+        model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
+    )
+    labels = rows["environment"].tolist() if memberships in ORACLES else None
+    kind = pick(environments.MEMBERSHIPS, _kind(memberships), "kind of memberships")
+    return list(kind(scores.prompt_states, labels, seed).rows.numpy())
+
+
+def _doubts(assistant: str, examples: pd.DataFrame, items: pd.DataFrame, rejected: np.ndarray) -> np.ndarray:
+    r"""RosePO's label smoothing (N,): :math:`\epsilon_i = \sigma(s_l - s_w)` by a SASRec's scores, at most 0.49.
+
+    With several rejected items their mean. Source: arXiv 2410.12519; the cap keeps the chosen title preferred.
+    """
+    logps, index = _sequential_logps(assistant, examples, items), pd.Index(items["item"])
+    chosen = np.take_along_axis(logps, index.get_indexer(examples["item"])[:, None], axis=1)
+    others = np.take_along_axis(logps, index.get_indexer(rejected.ravel()).reshape(rejected.shape), axis=1)
+    return np.minimum(1 / (1 + np.exp(chosen - others)), 0.49).mean(axis=1)
+
+
+def _sequential_logps(run: str, examples: pd.DataFrame, items: pd.DataFrame) -> np.ndarray:
+    """A SASRec run's log-probabilities (N, items) for the examples' histories, columns in the order of ``items``."""
+    model, ids = sasrec.load_sasrec(pipeline.load_run(run, "sasrec").folder / "checkpoint")
+    histories = sasrec.encode_histories(examples["history"].tolist(), ids, model.shape["length"])
+    logps = sasrec.catalogue_logps(model.to(backbone.device()), histories)
+    return logps[:, pd.Index(ids).get_indexer(items["item"])]
+
+
+def _popularity_of(rejected: np.ndarray, items: pd.DataFrame) -> float:
+    """The mean training count of the rejected items."""
+    return float(pd.Series(rejected.ravel()).map(items.set_index("item")["train_count"]).mean())
 
 
 def _own_lists(

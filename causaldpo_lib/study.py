@@ -2,9 +2,12 @@
 
     python -m causaldpo_lib.study NAME [--cores N] [--threads N] [--dry-run] [--publish]
 
-A study file says what differs from the notebooks' defaults; a method file says how one method aligns. A value
-is taken from the first of: setting, method, study, notebook. Every key is checked before anything starts. A study
-with ``methods: []`` and ``seeds: []`` is one of data alone: it prepares its settings and describes them.
+A study file says what differs from the notebooks' defaults; a method file says what one method does otherwise. A
+value is taken from the first of: setting, sweep, method, study, notebook. Every key is checked before anything starts.
+A study with ``methods: []`` and ``seeds: []`` is one of data alone: it prepares its settings and describes them.
+
+Two kinds of tables are never mixed. By default all methods share the study's negatives and beta (*matched*); with
+``hyperparameters: published`` each has those of its own paper, the section ``published`` of its file.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +29,37 @@ from causaldpo_lib.pipeline import STAGES, declared, folder_name
 from causaldpo_lib.records import shown
 
 # What the layout of a study decides, and no override may.
-LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "run")
-STUDY_KEYS = ("settings", "methods", "seeds", "split_seed", *STAGES)
+LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "assistant", "run")
+STUDY_KEYS = ("settings", "methods", "sweeps", "seeds", "split_seed", "hyperparameters", *STAGES)
 SETTING_KEYS = ("name", "dataset", "shift", *STAGES)
-METHOD_KEYS = ("label", "summary", "parameters")
+METHOD_STAGES = ("sft", "sasrec", "align", "rank")  # what a method may do otherwise
+METHOD_KEYS = ("label", "summary", *METHOD_STAGES, "published")
+SWEEP_KEYS = ("method", "stage", "key", "values")
+HYPERPARAMETERS = ("matched", "published")
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a table; ``parameters`` override those of ``align``, None: the SFT checkpoint itself."""
+    """A method of a table.
+
+    ``overrides`` are its parameters by stage. Its ranked checkpoint comes from the last training stage among them:
+    ``sasrec``, ``align`` (even with nothing to override), else ``sft``. ``assistants`` names, by stage, another method
+    whose checkpoint that stage reads beside its own inputs; ``entries`` change single entries of options, by stage.
+    """
 
     name: str
     label: str
     summary: str
-    parameters: Mapping[str, Any] | None
+    overrides: Overrides
+    assistants: Mapping[str, str] = field(default_factory=dict)
+    entries: Overrides = field(default_factory=dict)
+
+    @property
+    def trained(self) -> str:
+        """The stage that makes the checkpoint which is ranked."""
+        return next((stage for stage in ("sasrec", "align") if stage in self.overrides), "sft")
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,15 @@ def load_study(name: str | Path) -> Study:
     )
     data_only = content.get("seeds") == [] == content.get("methods")
     seeds = () if data_only else tuple(_list(source, content, "seeds", int))
-    methods = () if data_only else tuple(load_method(method) for method in _list(source, content, "methods", str))
+    hyperparameters = content.get("hyperparameters", "matched")
+    if hyperparameters not in HYPERPARAMETERS:
+        raise unknown_key(source, "hyperparameters", hyperparameters, HYPERPARAMETERS)
+    methods: tuple[Method, ...] = ()
+    if not data_only:
+        methods = tuple(load_method(method, hyperparameters) for method in _list(source, content, "methods", str))
+        bases = {method.name: method for method in methods}
+        for number, entry in enumerate(content.get("sweeps") or [], 1):
+            methods += tuple(_swept(f"{source}, sweep {number}", entry, bases))
     named = {"setting": [s.name for s in settings], "method": [m.name for m in methods], "seed": seeds}
     for kind, names in named.items():
         repeated = [name for name in names if names.count(name) > 1]
@@ -143,8 +169,8 @@ def load_study(name: str | Path) -> Study:
     return study
 
 
-def load_method(name: str) -> Method:
-    """A method by the name of its file in ``params/methods``.
+def load_method(name: str, hyperparameters: str = "matched") -> Method:
+    """A method by the name of its file in ``params/methods``, with the study's hyper-parameters or its paper's own.
 
     Raises:
         StudyError: no such method, or a file with unknown keys or values of the wrong kind.
@@ -153,39 +179,92 @@ def load_method(name: str) -> Method:
     path = pick(files, name, "method")
     source, content = shown(path), read_yaml(path)
     _known(source, content, METHOD_KEYS)
-    missing = [key for key in METHOD_KEYS if key not in content]
+    missing = [key for key in ("label", "summary") if key not in content]
     if missing:
-        raise StudyError(f"{source}: key {missing[0]!r} is missing: a method has {', '.join(METHOD_KEYS)}")
+        raise StudyError(f"{source}: key {missing[0]!r} is missing: a method has a label and a summary")
     text = check({"label": "", "summary": ""}, {key: content[key] for key in ("label", "summary")}, source)
-    parameters = content["parameters"]
-    if parameters is not None:
-        parameters = _stage_overrides(f"{source}, parameters", "align", parameters)
-    return Method(name, text["label"], text["summary"], parameters)
+    sections = {stage: content[stage] for stage in METHOD_STAGES if stage in content}
+    own = content.get("published", {})
+    _known(f"{source}, published", own, METHOD_STAGES)
+    if hyperparameters == "published":
+        sections = {stage: {**sections.get(stage, {}), **own.get(stage, {})} for stage in (*sections, *own)}
+    assistants = {}
+    overrides = {}
+    for stage, section in sections.items():
+        section = dict(section or {})
+        if stage in ("align", "rank") and "assistant" in section:
+            assistants[stage] = section.pop("assistant")
+            if assistants[stage] not in files:
+                raise unknown_key(f"{source}, {stage}", "assistant", assistants[stage], files)
+        overrides[stage] = _stage_overrides(f"{source}, {stage}", stage, section)
+    return Method(name, text["label"], text["summary"], overrides, assistants)
+
+
+def _swept(source: str, content: Any, methods: Mapping[str, Method]) -> list[Method]:
+    """The methods of a sweep, one per value of one parameter: ``<method>-<key>-<value>``.
+
+    ``key`` may name an entry of options, as in ``loss_options.beta``; the other options then stay as they are.
+    """
+    _known(source, content, SWEEP_KEYS)
+    missing = [key for key in SWEEP_KEYS if key not in content]
+    if missing:
+        raise StudyError(f"{source}: key {missing[0]!r} is missing: a sweep has {', '.join(SWEEP_KEYS)}")
+    base, stage, key = pick(methods, content["method"], "method"), content["stage"], content["key"]
+    if stage not in METHOD_STAGES:
+        raise unknown_key(source, "stage", stage, METHOD_STAGES)
+    option, _, entry = key.partition(".")
+    found = []
+    for value in _list(source, content, "values", object):
+        change = _stage_overrides(f"{source}, {key}", stage, {option: {entry: value} if entry else value})
+        method = replace(base, name=f"{base.name}-{entry or option}-{value}", label=f"{base.label}, {key} {value}")
+        if entry:
+            found.append(replace(method, entries={stage: change}))
+        else:
+            overrides = {**base.overrides, stage: {**base.overrides.get(stage, {}), **change}}
+            found.append(replace(method, overrides=overrides))
+    return found
 
 
 def jobs(study: Study) -> list[Job]:
-    """All runs of a study, upstream first: per setting one data run, and per seed sft, align and rank runs.
+    """All runs of a study, upstream first: per setting one data run, and per seed training and rank runs.
 
-    The pseudo-environments are mapped once per setting, for the first seed. A run that two studies have in
-    common is one folder. Without seeds there are the data runs alone.
+    The pseudo-environments are mapped once per setting, for the first seed. A run that methods or studies have in
+    common is one folder, and one job. Without seeds there are the data runs alone.
     """
-    found = []
+    found: dict[tuple[Path, str | None], Job] = {}
+
+    def add(stage: str, *arguments: Any) -> Job:
+        job = _job(study, stage, *arguments)
+        # Two methods may rank one checkpoint in one way, and each has its row.
+        return found.setdefault((job.folder, job.method if stage == "rank" else None), job)
+
+    def trained(method: Method, setting: Setting, seed: int, data: Job) -> Job:
+        """The job of a method's checkpoint, those before it added."""
+        if method.trained == "sasrec":
+            return add("sasrec", setting, seed, method, {"data": data})
+        own = method if "sft" in method.overrides else None
+        sft = add("sft", setting, seed, own, {"data": data})
+        if method.trained == "sft":
+            return sft
+        return add("align", setting, seed, method, {"data": data, "sft": sft, **assistant(method, "align", seed, data)})
+
+    def assistant(method: Method, stage: str, seed: int, data: Job) -> dict[str, Job]:
+        if stage not in method.assistants:
+            return {}
+        setting = next(each for each in study.settings if each.name == data.setting)
+        return {"assistant": trained(load_method(method.assistants[stage]), setting, seed, data)}
+
     for setting in study.settings:
-        data = _job(study, "data", setting)
-        found.append(data)
+        data = add("data", setting)
         for seed in study.seeds:
-            sft = _job(study, "sft", setting, seed, inputs={"data": data})
-            found.append(sft)
             if seed == study.seeds[0]:
-                found.append(_job(study, "environments", setting, seed, inputs={"data": data, "sft": sft}))
+                sft = add("sft", setting, seed, None, {"data": data})
+                add("environments", setting, seed, None, {"data": data, "sft": sft})
             for method in study.methods:
-                checkpoint = sft
-                if method.parameters is not None:
-                    checkpoint = _job(study, "align", setting, seed, method, {"data": data, "sft": sft})
-                    found.append(checkpoint)
-                ends = {"data": data, "checkpoint": checkpoint}
-                found.append(_job(study, "rank", setting, seed, method, ends))
-    return found
+                checkpoint = trained(method, setting, seed, data)
+                ends = {"data": data, "checkpoint": checkpoint, **assistant(method, "rank", seed, data)}
+                add("rank", setting, seed, method, ends)
+    return list(found.values())
 
 
 def _job(
@@ -202,13 +281,11 @@ def _job(
     laid_out = {"dataset": setting.dataset, "shift": setting.shift, "split_seed": study.split_seed}
     laid_out |= {"seed": seed, "method": name, **{key: shown(folder) for key, folder in upstream.items()}}
     defaults = {key: value for key, value in declared(stage).items() if key != "run"}
-    parameters = {
-        **defaults,
-        **study.overrides.get(stage, {}),
-        **((method.parameters or {}) if method and stage == "align" else {}),
-        **setting.overrides.get(stage, {}),
-        **{key: value for key, value in laid_out.items() if key in defaults},
-    }
+    parameters = {**defaults, **study.overrides.get(stage, {}), **(method.overrides.get(stage, {}) if method else {})}
+    for option, entries in (method.entries.get(stage, {}) if method else {}).items():
+        parameters[option] = {**parameters[option], **entries}
+    parameters |= setting.overrides.get(stage, {})
+    parameters |= {key: value for key, value in laid_out.items() if key in defaults}
     return Job(stage, setting.name, seed, name, parameters, upstream, folder_name(stage, parameters))
 
 
@@ -279,7 +356,8 @@ def _known(source: str, content: Mapping[str, Any], keys: Sequence[str]) -> None
 
 def _list(source: str, content: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     values = content.get(key)
-    if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
+    wrong = kind is not object and isinstance(values, list) and any(type(value) is not kind for value in values)
+    if not isinstance(values, list) or not values or wrong:
         raise StudyError(f"{source}: {key} is {values!r}: give a list of one or more {kind.__name__} values")
     return values
 

@@ -394,8 +394,9 @@ class CausalDPOTrainer(PackedTrainer):
     r"""Preference loss plus :math:`\lambda\,\mathrm{MMD}^2` between pseudo-environments (Eq. 10 of arXiv 2603.22335).
 
     Used like trl's ``DPOTrainer``: rows have string columns ``prompt``, ``chosen`` and ``rejected``, the last may be a
-    list of strings, of any length from one. Before training, one pass of the frozen reference over the training set
-    gives its log-probabilities and the prompt states from which environments are inferred. The reference is
+    list of strings, of any length from one. A column ``label_smoothing`` gives each row its own, for losses that have
+    that hyper-parameter (RosePO's personalised smoothing). Before training, one pass of the frozen reference over the
+    training set gives its log-probabilities and the prompt states from which environments are inferred. It is
     ``ref_model``; else, for a policy with adapters, the policy without them (merge trained adapters before they are to
     be part of it); else the policy as it is now, so that a trained policy starts another round as its own reference.
     Memberships are detached and fixed, so no gradient can flatten them - but for ``memberships="batch"``, Algorithm 1.
@@ -421,6 +422,7 @@ class CausalDPOTrainer(PackedTrainer):
         self.loss_options = dict(args.loss_options)
         if args.beta is not None and "beta" in hyperparameters(args.loss):
             self.loss_options.setdefault("beta", args.beta)
+        self.smoothing = _smoothing(rows, args.loss, self.loss_options)
         self.regulariser = args.regulariser()
         self.beta_state = BetaState()
         self.ragged = len({len(feature["responses"]) for feature in features}) > 1
@@ -520,9 +522,11 @@ class CausalDPOTrainer(PackedTrainer):
             memberships = self.memberships[index].to(policy.device)
         else:
             memberships = self.batch_environments(scores.prompt_states)
-        options = dict(self.loss_options)
-        if "state" in hyperparameters(self.args.loss):
-            options = {"state": self.beta_state, "generator": self._generator(index), **options}
+        known = hyperparameters(self.args.loss)
+        drawn = {"state": self.beta_state, "generator": self._generator(index)}
+        options = {**{name: value for name, value in drawn.items() if name in known}, **self.loss_options}
+        if self.smoothing is not None:
+            options["label_smoothing"] = self.smoothing[index].to(policy.device)
         states = None if scores.response_states is None else scores.response_states[:, 0]
         loss, metrics = causal_loss(self.args.loss, log_probs, memberships, self.regulariser, states, **options)
         if "margin_mean" in metrics:
@@ -548,6 +552,20 @@ class CausalDPOTrainer(PackedTrainer):
         self.beta_state = BetaState(**values["beta_state"])
         if self.batch_environments is not None:
             self.batch_environments.load_state_dict(tensors)
+
+
+def _smoothing(rows: Sequence[Mapping[str, Any]], loss: str, options: Mapping[str, Any]) -> Tensor | None:
+    """The rows' column ``label_smoothing`` (N,), None where they have none."""
+    found = [row["label_smoothing"] for row in rows if "label_smoothing" in row]
+    if not found:
+        return None
+    if len(found) < len(rows):
+        raise StudyError(f"{len(rows) - len(found)} of {len(rows)} training rows have no label_smoothing: smooth all")
+    if "label_smoothing" not in hyperparameters(loss) or "label_smoothing" in options:
+        raise StudyError(
+            f"the rows smooth their labels, but loss {loss!r} does not take it from them: choose 'rose_po'"
+        )
+    return torch.tensor(found, dtype=torch.float32)
 
 
 @torch.no_grad()
