@@ -7,7 +7,7 @@ Source: Kang and McAuley, ICDM 2018 (arXiv 1808.09781). Of a history s_1 ... s_n
 
 with causal attention, FFN(x) = W_2 ReLU(W_1 x + b_1) + b_2 at width d, dropout on x and on what each half of a block
 adds, and E shared between input and output. Normalisation comes before each half ("pre-norm"), as in the paper's
-g(x) = x + Dropout(g(LayerNorm(x))): it trains evenly without a warm-up.
+g(x) = x + Dropout(g(LayerNorm(x))), and needs no warm-up of the learning rate.
 
 Items are positions 0 ... n-1 in a catalogue wherever they are targets or scores, and numbers 1 ... n in histories,
 where 0 is padding on the left.
@@ -117,8 +117,8 @@ def softmax_loss(logits: Tensor, targets: Tensor, generator: torch.Generator) ->
 def bce_loss(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
     """-log sigmoid(r_target) - log(1 - sigmoid(r_negative)), mean over rows: the paper's loss.
 
-    One negative a row, uniform over the catalogue without the target. Scores are calibrated against uniform draws, so
-    their softmax is no estimate of what people choose, only their order counts.
+    One negative a row, uniform over the other n - 1 items. The best score of an item is log (n-1) p / (1-p), with p its
+    share of the targets after this history: for small p its softmax is p, as with the full softmax, only noisier.
     """
     others = torch.randint(logits.shape[1] - 1, targets.shape, generator=generator).to(targets.device)
     negatives = others + (others >= targets)
@@ -183,7 +183,7 @@ def fit_sasrec(
         ``validation_logp`` (mean of the targets, nats).
 
     Raises:
-        StudyError: an unknown loss, no examples or epochs, or a loss that is not finite.
+        StudyError: an unknown loss, no examples or epochs, or losses that are not finite.
     """
     objective = pick(SASREC_LOSSES, loss, "SASRec loss")
     if min(epochs, len(train[1]), len(validation[1])) < 1:
@@ -208,9 +208,12 @@ def fit_sasrec(
                 value.backward()
                 optimizer.step()
                 total += value.item() * len(batch)
-            if not np.isfinite(total):
-                raise StudyError(f"SASRec's loss is {total} in epoch {epoch}: lower learning_rate = {learning_rate}")
             row = {"epoch": epoch, "loss": total / len(targets), **_validation(model, *validation)}
+            if not np.isfinite([*row.values()]).all():
+                raise StudyError(
+                    f"SASRec diverges in epoch {epoch} (loss {row['loss']:.3g}, validation log-probability "
+                    f"{row['validation_logp']:.3g}): lower learning_rate = {learning_rate}"
+                )
             rows.append(row)
             if not best or row["validation_ndcg10"] > best["validation_ndcg10"]:
                 best, weights = row, {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -223,7 +226,7 @@ def fit_sasrec(
 def _validation(model: SASRec, histories: Tensor, targets: Tensor) -> dict[str, float]:
     logps = catalogue_logps(model, histories)
     own = np.take_along_axis(logps, targets.cpu().numpy()[:, None], axis=1)
-    ranks = (logps >= own).sum(axis=1) - 1  # ties stand before the target, as in all rankings of the study
+    ranks = logps.shape[1] - 1 - (logps < own).sum(axis=1)  # ties and NaN stand before the target
     return {"validation_ndcg10": ndcg_at_k(ranks, 10), "validation_logp": float(own.mean())}
 
 

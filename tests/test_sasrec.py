@@ -78,12 +78,12 @@ def test_later_items_change_no_earlier_state_and_order_changes_the_last():
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_scores_are_those_of_torchs_own_attention(heads):
+@pytest.mark.parametrize("history", [[3, 1, 4, 20], [0]], ids=["four items", "none"])
+def test_scores_are_those_of_torchs_own_attention(heads, history):
     """The paper's equations once more, position by position and without padding, around nn.MultiheadAttention."""
     model = scattered(heads=heads)
-    history = [3, 1, 4, 20]
     x = torch.stack([4.0 * model.items.weight[item] for item in history])  # 4 = sqrt(16)
-    x = x + model.positions[1:]
+    x = x + model.positions[LENGTH - len(history) :]
     for block in model.blocks:
         attention = nn.MultiheadAttention(16, heads, batch_first=True)
         attention.in_proj_weight, attention.in_proj_bias = block.query_key_value.weight, block.query_key_value.bias
@@ -94,7 +94,7 @@ def test_scores_are_those_of_torchs_own_attention(heads):
         x = x + second(first(block.feed_norm(x)).clamp(min=0))
     last = nn.functional.layer_norm(x[-1], [16], model.norm.weight, model.norm.bias)
     expected = torch.stack([last @ model.items.weight[number] for number in range(1, ITEMS + 1)])
-    histories = torch.tensor([[0, *history]])
+    histories = nn.functional.pad(torch.tensor([history]), (LENGTH - len(history), 0))
     torch.testing.assert_close(model.logits(histories)[0], expected, atol=1e-4, rtol=1e-4)
     logps = catalogue_logps(model, histories.repeat(5, 1), batch_size=2)
     assert logps.shape == (5, ITEMS) and logps.dtype == np.float32
@@ -137,11 +137,22 @@ def test_bce_draws_every_item_but_the_target(target):
 @pytest.mark.parametrize("loss", list(SASREC_LOSSES))
 def test_learns_a_deterministic_chain(loss):
     model, train, unseen = sasrec(hidden=32), walks(1, 2000), walks(1, 300, seed=1)
+    train[0][:20] = 0  # empty histories read the padding, whose embedding stays 0 even so
     rows = fit_sasrec(model, train, unseen, loss=loss, **{**SETTINGS, "epochs": 20})
     found = catalogue_logps(model, unseen[0])
     assert (found.argmax(axis=1) == unseen[1].numpy()).mean() > 0.95
     assert rows[-1]["loss"] < rows[0]["loss"] / 3
     assert (model.items.weight[0] == 0).all()
+
+
+def test_a_model_to_which_all_items_are_the_same_hits_nothing():
+    """Ties stand before the target; and means are over rows, whatever the batches."""
+    model = sasrec()
+    nn.init.zeros_(model.items.weight)
+    settings = {**SETTINGS, "epochs": 1, "learning_rate": 0.0}
+    (row,) = fit_sasrec(model, walks(1), walks(1), loss="softmax", **settings)
+    assert row["validation_ndcg10"] == 0
+    assert row["loss"] == pytest.approx(math.log(ITEMS)) and row["validation_logp"] == pytest.approx(-row["loss"])
 
 
 @pytest.mark.parametrize("loss", list(SASREC_LOSSES))
@@ -214,7 +225,8 @@ def test_damaged_files_are_named(name, damage, tmp_path):
     [
         ({"loss": "sofmax"}, r"unknown SASRec loss 'sofmax' \(did you mean 'softmax'\?\)"),
         ({"epochs": 0}, "0 epochs of 400 training"),
-        ({"learning_rate": float("inf")}, "loss is nan in epoch 1: lower learning_rate"),
+        ({"learning_rate": float("inf")}, r"diverges in epoch 1 \(loss nan, .* nan\): lower learning_rate = inf"),
+        ({"learning_rate": float("inf"), "batch_size": 400}, r"epoch 1 \(loss 3.*, validation log-probability nan\)"),
     ],
 )
 def test_training_refuses_in_one_sentence(change, sentence):
