@@ -30,7 +30,20 @@ KL = "causal_KL"  # Eq. 3's error against the interventional preference, in nats
 # log-probability) cannot show an effect of the claimed kind, whatever the p-value of their difference.
 MARGIN = 0.1717 / 2
 ENDS = ("G1", "G5")  # the groups whose shares and accuracies are compared in pairs
-BASELINES = ("sft", "dpo", "shuffled")  # a method is compared with those that come before it here
+BASELINES = ("sft", "dpo", "shuffled", "causal_dpo")  # a method is compared with those that come before it here
+# Besides, a method is compared with what it changes or is controlled by, each at the same value of a sweep.
+COUNTERPARTS = {
+    "dynamic_dmpo": ("dmpo",),
+    "dynamic_s_dpo": ("s_dpo",),
+    "dynamic_mppo": ("mppo",),
+    "dr_dpo_causal": ("dr_dpo",),
+    "cpo_causal": ("cpo",),
+    "simpo_causal": ("simpo",),
+    "causal_negatives": ("popularity_negatives", "causal_negatives_shuffled"),
+    "causal_dpo": ("dpo",),
+    "shuffled": ("dpo",),
+    "dpo": ("sft",),
+}
 FLOORS = ("random", "popular")
 ACCURACY = {"HR": metrics.hits, "NDCG": metrics.gains, "MRR": metrics.reciprocals}
 
@@ -44,7 +57,7 @@ class Panel:
     Shapes: ``users`` and ``targets`` (N,); ``ranks[m]`` and ``logps[m]`` (S, N); ``lists[m]`` (S, N, L) ids.
     ``preferences`` (N, items) in the order of ``items``, ``catalogue_logps[m]`` (S, N, items) likewise; ``times`` of
     the targets, ``environments`` they were made in and ``profile_popularity``, the mean training count of each
-    history, (N,); None where unknown.
+    history, (N,); None where unknown. ``candidates`` (N, C) ids where only these were ranked, else None.
     """
 
     setting: str
@@ -60,6 +73,7 @@ class Panel:
     times: np.ndarray | None = None
     environments: np.ndarray | None = None
     profile_popularity: np.ndarray | None = None
+    candidates: np.ndarray | None = None
 
     @cached_property
     def position(self) -> dict[Any, int]:
@@ -94,6 +108,11 @@ class Panel:
         return self.items["train_count"].to_numpy(float)[self.places(ids)]
 
 
+def accuracies() -> list[tuple[str, Any, int]]:
+    """(name, score of ranks, cut-off) of every accuracy; at 1 all are the hit rate."""
+    return [("HR@1", metrics.hits, 1), *((f"{name}@{k}", ACCURACY[name], k) for k in CUTOFFS for name in ACCURACY)]
+
+
 def popular_order(items: Frame) -> np.ndarray:
     """Item ids by training interactions, most first, ties by id: the list of the most-popular floor."""
     return items.sort_values(["train_count", "item"], ascending=[False, True])["item"].to_numpy()
@@ -104,19 +123,25 @@ def floor_scores(panel: Panel) -> dict[str, dict[str, np.ndarray]]:
 
     A uniformly random order of V items has HR@K = K/V, NDCG@K = sum_{r<K} 1/log2(r+2) / V, MRR@K = sum_{r<K}
     1/(r+1) / V and log-probability -log V. The most-popular list is the same for everybody; its log-probability is
-    the log of the add-one-smoothed share of training interactions.
+    the log of the add-one-smoothed share of training interactions. Where candidates were ranked, V is their number and
+    both floors are among them.
     """
-    size, count = len(panel.items), len(panel.users)
     order = popular_order(panel.items)
-    rank = pd.Series(panel.targets).map({item: r for r, item in enumerate(order.tolist())}).to_numpy()[None]
+    place = {item: r for r, item in enumerate(order.tolist())}
+    rank = pd.Series(panel.targets).map(place).to_numpy()[None]
     smoothed = panel.items.set_index("item")["train_count"] + 1.0
+    size, count = len(panel.items), len(panel.users)
+    if panel.candidates is not None:
+        size = panel.candidates.shape[1]
+        places = pd.Series(panel.candidates.ravel()).map(place).to_numpy().reshape(count, size)
+        weights = pd.Series(panel.candidates.ravel()).map(smoothed).to_numpy().reshape(count, size)
+        rank = (places < rank.T).sum(axis=1)[None]
     scores: dict[str, dict[str, np.ndarray]] = {}
-    for k in CUTOFFS:
-        shown = np.arange(min(k, size))
-        for name, score in ACCURACY.items():
-            even = np.full((1, count), score(shown, k).sum() / size)
-            scores[f"{name}@{k}"] = {"random": even, "popular": score(rank, k)}
-    popular = np.log(pd.Series(panel.targets).map(smoothed / smoothed.sum()).to_numpy(float))[None]
+    for name, score, k in accuracies():
+        even = np.full((1, count), score(np.arange(min(k, size)), k).sum() / size)
+        scores[name] = {"random": even, "popular": score(rank, k)}
+    whole = smoothed.sum() if panel.candidates is None else weights.sum(axis=1)
+    popular = np.log(pd.Series(panel.targets).map(smoothed).to_numpy(float) / whole)[None]
     scores["target_logp"] = {"random": np.full((1, count), -np.log(size)), "popular": popular}
     if panel.preferences is not None:
         typical = np.repeat(panel.preferences.mean(axis=1, keepdims=True), K, axis=1)
@@ -143,9 +168,8 @@ def floor_scores(panel: Panel) -> dict[str, dict[str, np.ndarray]]:
 def example_scores(panel: Panel) -> dict[str, dict[str, np.ndarray]]:
     """Per metric and trained method, the score of every seed and example, (S, N)."""
     scores: dict[str, dict[str, np.ndarray]] = {}
-    for k in CUTOFFS:
-        for name, score in ACCURACY.items():
-            scores[f"{name}@{k}"] = {m: score(ranks, k) for m, ranks in panel.ranks.items()}
+    for name, score, k in accuracies():
+        scores[name] = {m: score(ranks, k) for m, ranks in panel.ranks.items()}
     scores["target_logp"] = dict(panel.logps)
     if panel.preferences is not None:
         rows = np.arange(len(panel.users))[:, None]
@@ -229,16 +253,24 @@ def _metric_row(panel: Panel, method: str, metric: str, found: stats.Interval, s
 
 
 def compared(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """The (method, baseline) pairs that are tested: a method against all of ``BASELINES`` that precede it."""
+    """The (method, baseline) pairs that are tested: a method against all of ``BASELINES`` that precede it, and against
+    its ``COUNTERPARTS``, for a method of a sweep (``<method>-<key>-<value>``) at the same value."""
     order = {name: index for index, name in enumerate(BASELINES)}
-    return [(m, b) for m in methods for b in BASELINES if b in methods and order[b] < order.get(m, len(order))]
+    found = [(m, b) for m in methods for b in BASELINES if b in methods and order[b] < order.get(m, len(order))]
+    for method in methods:
+        base, mark, value = method.partition("-")
+        found += [
+            (method, other + mark + value) for other in COUNTERPARTS.get(base, ()) if other + mark + value in methods
+        ]
+    return list(dict.fromkeys(found))
 
 
-def paired_rows(panel: Panel) -> list[dict[str, Any]]:
+def paired_rows(panel: Panel, comparisons: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
     """Rows of paired.csv: differences in each metric, in the shares and accuracies of the end groups, in slopes.
 
     ``p_equivalent`` tests that the difference lies within ``margin`` (``MARGIN``, in the metric's unit); both families
-    of p-values, of one metric, are corrected after Holm. ``p_mcnemar`` stands beside hit rates only.
+    of p-values, of one metric, are corrected after Holm. ``p_mcnemar`` stands beside hit rates only. ``comparisons``
+    are tested beside those of ``compared``.
     """
     everyone = np.ones(len(panel.users), dtype=bool)
     endpoints = [(metric, values, everyone) for metric, values in example_scores(panel).items()]
@@ -250,7 +282,7 @@ def paired_rows(panel: Panel) -> list[dict[str, Any]]:
                 endpoints.append((share_metric(grouping, group), slots[group], everyone))
             if (target_group == group).any():
                 endpoints.append((ndcg_metric(grouping, group), gains, target_group == group))
-    pairs = compared(list(panel.ranks))
+    pairs = list(dict.fromkeys([*compared(list(panel.ranks)), *comparisons]))
     rows = []
     for metric, values, chosen in endpoints:
         users = panel.users[chosen]

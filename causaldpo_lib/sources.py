@@ -19,7 +19,7 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # These carry messages, folders and parameters, never a number of a result.
-PLUMBING = ("", "errors", "parameters", "paths", "pipeline", "records", "run", "sources", "study", "workflow")
+PLUMBING = ("", "costs", "errors", "parameters", "paths", "pipeline", "records", "run", "sources", "study", "workflow")
 
 
 def digest(value: Any) -> str:

@@ -30,11 +30,11 @@ from causaldpo_lib.records import shown
 
 # What the layout of a study decides, and no override may.
 LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "assistant", "run")
-STUDY_KEYS = ("settings", "methods", "sweeps", "seeds", "split_seed", "hyperparameters", *STAGES)
+STUDY_KEYS = ("settings", "methods", "sweeps", "comparisons", "seeds", "split_seed", "hyperparameters", *STAGES)
 SETTING_KEYS = ("name", "dataset", "shift", *STAGES)
 METHOD_STAGES = ("sft", "sasrec", "align", "rank")  # what a method may do otherwise
 METHOD_KEYS = ("label", "summary", *METHOD_STAGES, "published")
-SWEEP_KEYS = ("method", "stage", "key", "values")
+SWEEP_KEYS = ("method", "stage", "key", "values", "with")
 HYPERPARAMETERS = ("matched", "published")
 
 Overrides = Mapping[str, Mapping[str, Any]]
@@ -78,7 +78,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its file says, checked. One split seed: only training seeds vary, so tests are paired."""
+    """A study as its file says, checked. One split seed: only training seeds vary, so tests are paired.
+
+    ``comparisons`` are the (method, baseline) pairs that it tests beside the usual ones.
+    """
 
     name: str
     path: Path
@@ -87,6 +90,7 @@ class Study:
     seeds: tuple[int, ...]
     split_seed: int
     overrides: Overrides
+    comparisons: tuple[tuple[str, str], ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -159,8 +163,9 @@ def load_study(name: str | Path) -> Study:
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise StudyError(f"{source}: {kind} {repeated[0]} is listed twice: list it once")
+    comparisons = _comparisons(source, content, methods)
     split_seed = check({"split_seed": 0}, {"split_seed": content.get("split_seed", 0)}, source)["split_seed"]
-    study = Study(path.stem, path, settings, methods, seeds, split_seed, overrides)
+    study = Study(path.stem, path, settings, methods, seeds, split_seed, overrides, comparisons)
     made: dict[Path, str] = {}
     for setting in settings:
         other = made.setdefault(_job(study, "data", setting).folder, setting.name)
@@ -203,26 +208,45 @@ def load_method(name: str, hyperparameters: str = "matched") -> Method:
 def _swept(source: str, content: Any, methods: Mapping[str, Method]) -> list[Method]:
     """The methods of a sweep, one per value of one parameter: ``<method>-<key>-<value>``.
 
-    ``key`` may name an entry of options, as in ``loss_options.beta``; the other options then stay as they are.
+    ``key`` may name an entry of options, as in ``loss_options.beta``; the other options then stay as they are. ``with``
+    holds parameters of the same stage that all of them share.
     """
     _known(source, content, SWEEP_KEYS)
-    missing = [key for key in SWEEP_KEYS if key not in content]
+    missing = [key for key in SWEEP_KEYS[:4] if key not in content]
     if missing:
-        raise StudyError(f"{source}: key {missing[0]!r} is missing: a sweep has {', '.join(SWEEP_KEYS)}")
-    base, stage, key = pick(methods, content["method"], "method"), content["stage"], content["key"]
-    if stage not in METHOD_STAGES:
-        raise unknown_key(source, "stage", stage, METHOD_STAGES)
+        raise StudyError(f"{source}: key {missing[0]!r} is missing: a sweep has {', '.join(SWEEP_KEYS[:4])}")
+    stage, key = content["stage"], content["key"]
+    for kind, value, known in (("method", content["method"], methods), ("stage", stage, METHOD_STAGES)):
+        if value not in known:
+            raise unknown_key(source, kind, value, known)
+    base = methods[content["method"]]
+    fixed = _stage_overrides(f"{source}, with", stage, content.get("with", {}))
+    base = replace(base, overrides={**base.overrides, stage: {**base.overrides.get(stage, {}), **fixed}})
     option, _, entry = key.partition(".")
     found = []
     for value in _list(source, content, "values", object):
         change = _stage_overrides(f"{source}, {key}", stage, {option: {entry: value} if entry else value})
-        method = replace(base, name=f"{base.name}-{entry or option}-{value}", label=f"{base.label}, {key} {value}")
+        name = re.sub(r"[^\w.-]", "_", f"{base.name}-{entry or option}-{value}")
+        method = replace(base, name=name, label=f"{base.label}, {key} {value}")
         if entry:
             found.append(replace(method, entries={stage: change}))
         else:
             overrides = {**base.overrides, stage: {**base.overrides.get(stage, {}), **change}}
             found.append(replace(method, overrides=overrides))
     return found
+
+
+def _comparisons(source: str, content: Mapping[str, Any], methods: Sequence[Method]) -> tuple[tuple[str, str], ...]:
+    """The pairs under ``comparisons``, each of two different methods of the study."""
+    known = [method.name for method in methods]
+    pairs = content.get("comparisons") or []
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise StudyError(f"{source}: comparison {pair!r} is no pair: give [method, baseline]")
+        for name in pair:
+            if name not in known:
+                raise unknown_key(source, "compared method", name, known)
+    return tuple((method, baseline) for method, baseline in pairs)
 
 
 def jobs(study: Study) -> list[Job]:

@@ -12,6 +12,8 @@ writes them to ``results/<study>/`` as csv. Everything shown anywhere is made fr
     times.csv        setting, split, grouping, group, metric, method, mean, low, high, examples
     validation.csv   as metrics.csv, of the validation split: for selection only
     diagnostics.csv  setting, method, seed, seconds, coverage and Gini of the lists, scalars of the training run
+    training.csv     setting, method, seed, iteration, step and what alignment logged at it (``LOGGED``)
+    costs.csv        setting, stage, method, runs, seconds of one, device
     points-<setting>.csv  the environments stage's map of prompt states
 
 Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 %, over training
@@ -34,6 +36,7 @@ import numpy as np
 import pandas as pd
 
 from causaldpo_lib import metrics, stats
+from causaldpo_lib.costs import cost_rows
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import (
     ENDS,
@@ -65,7 +68,14 @@ LATER = {
     "slopes": ["setting", "split", "grouping", "metric", "method", "slope", "low", "high", "groups"],
     "times": ["setting", "split", "grouping", "group", "metric", "method", "mean", "low", "high", "examples"],
     "validation": ["setting", "split", "method", "metric", "mean", "low", "high", "seeds", "examples"],
+    "training": ["setting", "method", "seed", "iteration", "step"],
+    "costs": ["setting", "stage", "method", "runs", "seconds", "device"],
 }
+# Columns of an alignment's log that curves are drawn from, where it has them.
+LOGGED = (
+    *("preference_loss", "margin", "accuracy", "win_rate", "margin_min", "chosen_logp"),
+    *("mmd2_debiased", "boundary_share", "gradient_share"),
+)
 LISTS = (*LIST_METRICS, LIFT)  # what the lists are like, shown apart from how accurate they are
 
 Frame = pd.DataFrame
@@ -83,11 +93,11 @@ def collect(study: Any) -> dict[str, Frame]:
     """
     from causaldpo_lib.study import jobs
 
-    return collect_jobs(jobs(study))
+    return collect_jobs(jobs(study), study.comparisons)
 
 
-def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
-    """As ``collect``, from the jobs themselves: objects with stage, setting, method, seed and folder."""
+def collect_jobs(jobs: Sequence[Any], comparisons: Sequence[tuple[str, str]] = ()) -> dict[str, Frame]:
+    """As ``collect``, from the jobs themselves: objects with stage, setting, method, seed, parameters and folder."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*TABLES, *LATER)}
     points: dict[str, Frame] = {}
     for setting in dict.fromkeys(job.setting for job in jobs):
@@ -95,7 +105,7 @@ def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
         panels = list(read_panels(setting, mine))
         for panel in panels:
             rows["metrics"] += metric_rows(panel)
-            rows["paired"] += paired_rows(panel)
+            rows["paired"] += paired_rows(panel, comparisons)
             rows["shares"] += share_rows(panel)
             rows["groups"] += group_rows(panel)
             rows["slopes"] += slope_rows(panel)
@@ -103,8 +113,10 @@ def collect_jobs(jobs: Sequence[Any]) -> dict[str, Frame]:
         for panel in read_panels(setting, mine, VALIDATION):
             rows["validation"] += metric_rows(panel)
         rows["diagnostics"] += diagnostic_rows(setting, mine, panels)
+        rows["training"] += training_rows(setting, mine)
         for job in (job for job in mine if job.stage == "environments"):
             points.setdefault(f"points-{setting}", pd.read_csv(_file(job, "points.csv")))
+    rows["costs"] = cost_rows(jobs)
     if not rows["metrics"]:
         raise StudyError("the study has no ranking run: there is nothing to put into tables")
     return {**{name: pd.DataFrame(content, columns=LATER.get(name)) for name, content in rows.items()}, **points}
@@ -165,6 +177,7 @@ def read_panels(setting: str, jobs: Sequence[Any], splits: Sequence[str] = TEST_
                 times=rows["time"].to_numpy(float) if "time" in rows else None,
                 environments=rows["environment"].to_numpy() if "environment" in rows else None,
                 profile_popularity=_profile_popularity(rows, items),
+                candidates=_candidates(ranked, aligned),
             )
         )
     return panels
@@ -175,6 +188,13 @@ def _catalogue_logps(aligned: Mapping[str, Sequence[Frame]]) -> dict[str, np.nda
     if not all("catalogue_logps" in part for parts in aligned.values() for part in parts):
         return None
     return {m: np.stack([np.stack(part["catalogue_logps"].tolist()) for part in parts]) for m, parts in aligned.items()}
+
+
+def _candidates(ranked: Sequence[Any], aligned: Mapping[str, Sequence[Frame]]) -> np.ndarray | None:
+    """The candidates (N, C) of every example if only these were ranked: all of them stand in every method's lists."""
+    if {job.parameters.get("ranker") for job in ranked} != {"candidates"}:
+        return None
+    return np.stack(next(iter(aligned.values()))[0]["items"].tolist())
 
 
 def _profile_popularity(examples: Frame, items: Frame) -> np.ndarray | None:
@@ -208,11 +228,15 @@ def _align(job: Any, predictions: Frame, split: str, examples: Frame) -> Frame:
 def diagnostic_rows(setting: str, jobs: Sequence[Any], panels: Sequence[Panel]) -> list[dict[str, Any]]:
     """Rows of diagnostics.csv: what training and environments were like, and how varied the lists are."""
     rows = []
+    aligned = {job.method for job in jobs if job.stage == "align"}
     for job in jobs:
-        if job.stage not in ("sft", "align", "environments"):
+        # What a method fine-tuned before it aligned is no row of its own.
+        if job.stage not in ("sft", "sasrec", "align", "environments") or (
+            job.stage == "sft" and job.method in aligned
+        ):
             continue
         summary = load_run(job.folder, job.stage).summary
-        method = job.method if job.stage == "align" else job.stage
+        method = job.method or job.stage
         row = {"setting": setting, "method": method, "seed": job.seed, "seconds": summary.get("wall_seconds")}
         for panel in panels:
             if method not in panel.lists:
@@ -222,6 +246,17 @@ def diagnostic_rows(setting: str, jobs: Sequence[Any], panels: Sequence[Panel]) 
             row[f"coverage_{panel.split}"] = metrics.coverage(shown_items, len(panel.items), K)
             row[f"gini_{panel.split}"] = metrics.gini(np.bincount(shown_items.ravel(), minlength=len(panel.items)))
         rows.append({**row, **summary["scalars"]})
+    return rows
+
+
+def training_rows(setting: str, jobs: Sequence[Any]) -> list[dict[str, Any]]:
+    """Rows of training.csv: every logged step of every alignment, the columns of ``LOGGED`` that it has."""
+    rows = []
+    for job in (job for job in jobs if job.stage == "align"):
+        log = pd.read_csv(_file(job, "log.csv"))
+        kept = [name for name in ("iteration", "step", *LOGGED) if name in log]
+        key = {"setting": setting, "method": job.method, "seed": job.seed}
+        rows += [{**key, **row} for row in log[kept].to_dict("records")]
     return rows
 
 

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from causaldpo_lib.study import Study
 
 READING = ("06_popularity_amplification", "07_group_wise_analysis", "08_results_tables")
-TABLES = ("metrics", "paired", "shares", "groups", "slopes", "times", "validation", "diagnostics")
+TABLES = (
+    *("metrics", "paired", "shares", "groups", "slopes", "times", "validation"),
+    *("diagnostics", "training", "costs"),
+)
 DATA_READING = ("09_all_datasets",)
 DATA_TABLES = ("", "_summary", "_sources", "_loading", "_histograms", "_prompts")  # of a study of data alone
 # Changed parameters (the code's digests are among them), inputs of another content, another set of inputs.
@@ -79,6 +82,8 @@ def run(study: Study, cores: int, threads: int = 1) -> None:
     started = time.monotonic()
     with _alone() as lock:
         _ask_again(study)
+        if said := _cost(study, plan(study), cores, threads):
+            print(said, flush=True)
         failed = _execute(study, cores, threads, lock)
     if failed:
         for label, report in failed:
@@ -116,13 +121,33 @@ def plan(study: Study) -> list[Step]:
     return [Step(*found) for found in re.findall(r"^Job \d+: (.*)\nReason: (.*)$", text, flags=re.M)]
 
 
-def show_plan(study: Study) -> None:
-    """Print the steps that a run would make now, with the reason of each."""
+def machine_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def show_plan(study: Study, cores: int | None = None, threads: int = 1) -> None:
+    """Print the steps that a run would make now, with the reason of each; to stderr, how long their runs may take."""
     steps = plan(study)
     for step in steps:
         why = [words for start, words in REASONS.items() if start in step.reason]
         print(f"{step.label}: {(why or [step.reason])[0]}")
-    print(f"study {study.name}: " + (f"{len(steps)} steps would run" if steps else "nothing to do"))
+    print(f"study {study.name}: " + (f"{len(steps)} steps would run" if steps else "nothing to do"), flush=True)
+    if said := _cost(study, steps, cores or machine_cores(), threads):
+        print(said, file=sys.stderr)  # stdout is a list of steps, for whoever counts or filters them
+
+
+def _cost(study: Study, steps: list[Step], cores: int, threads: int) -> str:
+    """How long the runs among ``steps`` may take, in a line; empty if there are none. Tables are not counted."""
+    from causaldpo_lib import costs  # pandas, which only planning needs
+    from causaldpo_lib.study import jobs  # which imports this module
+
+    every, labels = jobs(study), {step.label for step in steps}
+    laid_out = {job.folder: job for job in every}.values()  # Snakemake's choice where jobs share a folder: the last
+    left = [job for job in laid_out if job.label in labels]
+    if not left:
+        return ""
+    return costs.sentence(costs.estimate(left, costs.known_costs(every, study.name)), cores, threads)
 
 
 def publish(study: Study) -> None:

@@ -91,6 +91,9 @@ def setting(
                 {} if method in ("sft", "dpo") else {"environments": 4, "noise_share": 0.2, "ami_history_group": 0.1}
             )
             write_run(folder, stage, train_seconds=1.0, **shown)
+            if stage == "align":
+                log = {"step": [1, 2], "iteration": 0, "preference_loss": [0.7, 0.6], "margin": [0.0, 0.5], "lr": 1.0}
+                pd.DataFrame(log).to_csv(folder / "log.csv", index=False)
             jobs.append(SimpleNamespace(stage=stage, setting=name, seed=seed, method=method, folder=folder))
             folder = root / name / f"{method}-s{seed}-rank-0"
             write_run(folder, "rank")
@@ -108,7 +111,9 @@ def setting(
                 logps = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
                 predictions["catalogue_logps"] = logps.tolist()
             predictions.to_parquet(folder / "predictions.parquet")
-            jobs.append(SimpleNamespace(stage="rank", setting=name, seed=seed, method=method, folder=folder))
+            jobs.append(
+                SimpleNamespace(stage="rank", setting=name, seed=seed, method=method, folder=folder, parameters={})
+            )
     folder = root / name / "environments-s1-0"
     write_run(folder, "environments", environments=4, noise_share=0.2)
     points = pd.DataFrame(rng.normal(size=(90, 2)), columns=["umap_x", "umap_y"])

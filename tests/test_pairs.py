@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -37,8 +38,11 @@ def examples_of(items: pd.DataFrame, count: int = 40, seed: int = 0, longest: in
         picked = rng.permutation(items["item"].to_numpy()).tolist()
         length = row % (longest + 1)
         listed = [*picked[: length + 9], picked[length + 3]]  # the target is in it, and an item twice
-        rows.append((picked[length], picked[:length], rng.permutation(listed).tolist(), rng.permutation(picked)))
-    return pd.DataFrame(rows, columns=["item", "history", "candidates", "ranked"]).set_axis(range(7, 7 + count))
+        memberships = rng.dirichlet([0.5, 0.5, 0.5])
+        lists = rng.permutation(listed).tolist(), rng.permutation(picked)
+        rows.append((picked[length], picked[:length], *lists, memberships))
+    columns = ["item", "history", "candidates", "ranked", "memberships"]
+    return pd.DataFrame(rows, columns=columns).set_axis(range(7, 7 + count))
 
 
 def arrow(examples: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +95,7 @@ def test_the_last_ones_left_are_found_and_one_more_is_refused(name):
     items = catalogue(10).iloc[:7]
     ids = items["item"].tolist()
     examples = pd.DataFrame({"item": [ids[0]] * 50, "history": [ids[4:]] * 50})
-    examples = examples.assign(candidates=[ids] * 50, ranked=[ids] * 50)
+    examples = examples.assign(candidates=[ids] * 50, ranked=[ids] * 50, memberships=[[0.2, 0.8]] * 50)
     assert {frozenset(row) for row in preference_pairs(examples, items, name, 3, 0).tolist()} == {frozenset(ids[1:4])}
     with pytest.raises(StudyError, match="lower negatives_per_prompt") as caught:
         preference_pairs(examples, items, name, 4, 0)
@@ -118,6 +122,7 @@ def test_any_size_any_seed(size, count, seed, sampler):
         ({"item": 5}, "uniform", 1, "target 5 is not in the catalogue"),
         ({"candidates": None}, "candidates", 1, "a column 'candidates', which the examples lack"),
         ({"ranked": None}, "self_generated", 1, "a column 'ranked', which the examples lack"),
+        ({"memberships": None}, "environment_matched", 1, "a column 'memberships', which the examples lack"),
         ({"ranked": [[100, 5]] * 40}, "self_generated", 1, "item of column 'ranked' 5 is not in the catalogue"),
         ({"candidates": [[]] * 40}, "candidates", 1, "leaves 0 items .* of example 7, not 1"),
     ],
@@ -226,3 +231,111 @@ def test_drawing_is_much_faster_than_a_loop():
         allowed = np.setdiff1d(ids, [*history, item])
         rng.choice(allowed, 3, replace=False)
     assert time.perf_counter() - middle > 5 * (middle - start)
+
+
+# --- environment-matched negatives ---
+
+
+def matched(memberships: list[list[float]], chosen: list[int], count: int, **options) -> pd.DataFrame:
+    """Many draws of one negative for prompts with these memberships and chosen items, no histories."""
+    items = catalogue(8)
+    rows = [(items["item"].iloc[place], [], row) for place, row in zip(chosen, memberships, strict=True)]
+    examples = pd.DataFrame(rows, columns=["item", "history", "memberships"])
+    examples = pd.concat([examples] * count, ignore_index=True)
+    drawn = preference_pairs(examples, items, "environment_matched", 1, 0, **options)[:, 0]
+    places = pd.Index(items["item"]).get_indexer(drawn)
+    return pd.DataFrame({"prompt": np.tile(np.arange(len(chosen)), count), "place": places})
+
+
+def test_environment_matched_negatives_are_drawn_from_the_mixture_of_the_environments_choices():
+    """q(y|x) = sum_k p(k|x) (1/V + sum_i p_ik 1[y_i = y]) / (1 + sum_i p_ik), by loops, without the target."""
+    memberships = [[1.0, 0.0], [0.9, 0.1], [0.3, 0.7], [0.0, 1.0], [0.2, 0.8]]
+    chosen, size, count = [0, 1, 1, 2, 3], 8, 4000
+    found = matched(memberships, chosen, count)
+    for prompt, row in enumerate(memberships):
+        q = np.zeros(size)
+        for k in (0, 1):
+            mass = count * sum(each[k] for each in memberships)
+            for y in range(size):
+                votes = count * sum(each[k] for each, item in zip(memberships, chosen, strict=True) if item == y)
+                q[y] += row[k] * (1 / size + votes) / (1 + mass)
+        q[chosen[prompt]] = 0
+        shares = np.bincount(found.loc[found["prompt"] == prompt, "place"], minlength=size) / count
+        assert shares == pytest.approx(q / q.sum(), abs=0.03)
+
+
+def test_one_environment_is_the_popularity_among_the_chosen():
+    found = matched([[1.0]] * 5, [0, 0, 0, 1, 2], 4000)
+    other = found[found["prompt"] == 4]["place"].value_counts(normalize=True)
+    assert other[0] == pytest.approx(3 / 4, abs=0.03) and other[1] == pytest.approx(1 / 4, abs=0.03)
+
+
+def test_tempering_goes_from_uniform_to_the_sampler():
+    shares = {}
+    for tempering in (0.0, 0.5, 1.0):
+        found = matched([[1.0]] * 5, [0, 0, 0, 1, 2], 4000, tempering=tempering)
+        shares[tempering] = (found.loc[found["prompt"] == 4, "place"] == 0).mean()
+    assert shares[0.0] == pytest.approx(1 / 7, abs=0.02)  # the target is left out
+    assert shares[0.0] < shares[0.5] < shares[1.0]
+
+
+def test_popularity_is_tempered_too():
+    items = catalogue(8).assign(train_count=[16, 4, 1, 0, 0, 0, 0, 0])
+    examples = pd.DataFrame({"item": [items["item"].iloc[7]] * 6000, "history": [[]] * 6000})
+    drawn = preference_pairs(examples, items, "popularity", 1, 0, tempering=0.5)[:, 0]
+    shares = pd.Series(drawn).map(dict(zip(items["item"], range(8), strict=True))).value_counts(normalize=True)
+    assert shares.sort_index().tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.03)
+
+
+@pytest.mark.parametrize(("sampler", "tempering"), [("uniform", 0.5), ("popularity", 1.5)])
+def test_a_tempering_that_means_nothing_is_refused(sampler, tempering):
+    items = catalogue()
+    with pytest.raises(StudyError, match="negatives_tempering"):
+        preference_pairs(examples_of(items), items, sampler, 1, 0, tempering)
+
+
+def test_dpo_reaches_the_optimum_that_each_sampler_predicts():
+    r"""A table of logits trained on the expected DPO loss reaches ref (p / q)^(1 / beta), and with the true
+    environments' choices as negatives that optimum has lost what the environments added.
+
+    Two environments boost one item each, whoever the user is; two prompts per environment differ in taste. Chosen
+    items have p(y|x, e) ~ taste(x, y) boost(e, y), the reference is p itself, as after fine-tuning.
+    """
+    torch.manual_seed(0)
+    taste = torch.tensor([[4.0, 1.0, 1.0, 1.0, 2.0], [1.0, 4.0, 1.0, 2.0, 1.0]], dtype=torch.float64)
+    boost = torch.ones(2, 5, dtype=torch.float64)
+    boost[0, 2] = boost[1, 3] = 8.0
+    p = torch.stack([taste[t] * boost[e] for e in (0, 1) for t in (0, 1)])
+    p = p / p.sum(1, keepdim=True)
+    environment, beta = torch.tensor([0, 0, 1, 1]), 2.0
+    within = torch.stack([p[environment == e].mean(0) for e in (0, 1)])[environment]
+    samplers = {"uniform": torch.full_like(p, 0.2), "popularity": p.mean(0).expand(4, 5), "matched": within}
+    optimum = {}
+    for name, q in samplers.items():
+        logits = p.log().clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+        def loss(logits=logits, q=q):
+            h = torch.log_softmax(logits, 1) - p.log()
+            margins = beta * (h[:, :, None] - h[:, None, :])  # chosen y, rejected y'
+            return -(p[:, :, None] * q[:, None, :] * torch.nn.functional.logsigmoid(margins)).sum()
+
+        def closure(optimizer=optimizer, loss=loss):
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        predicted = p * (p / q) ** (1 / beta)
+        optimum[name] = torch.softmax(logits.detach(), 1)
+        torch.testing.assert_close(optimum[name], predicted / predicted.sum(1, keepdim=True), atol=1e-4, rtol=1e-3)
+    own, others = p[:, 2][:2], {name: table[:2, 2] for name, table in optimum.items()}
+    assert (others["uniform"] > own).all()  # the boosted item gains, with no environment in sight
+    assert (others["matched"] < others["popularity"]).all() and (others["popularity"] < others["uniform"]).all()
+    # What is left is taste alone: no boost stands in it but through the prompts' normalisation Z.
+    lifted = (optimum["matched"] / p) ** beta
+    z = torch.stack([taste[t] * boost[e] for e in (0, 1) for t in (0, 1)]).sum(1)
+    for row, (e, t) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        left = taste[t] / sum(taste[other] / z[2 * e + other] for other in (0, 1))
+        torch.testing.assert_close(lifted[row] / lifted[row].sum(), left / left.sum(), atol=1e-3, rtol=1e-2)

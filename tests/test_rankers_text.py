@@ -99,12 +99,14 @@ def test_popularity_is_injected_as_in_bigrec():
     far = np.array([math.hypot(3, 0.1), math.hypot(2, 1.9), math.hypot(7, 0.9), math.hypot(1, 0.1)])
     near = (far - far.min()) / (far.max() - far.min())
     popular = torch.tensor([4.0, 1.0, 2.0, 1.0])
-    (scores,) = grounding.ground_texts([["east"]], CARDINAL, encode(CARDINAL), encode, "l2", popular, gamma=2.0)
+    factors = grounding.boost_factors(popular, 2.0)
+    (scores,) = grounding.ground_texts([["east"]], CARDINAL, encode(CARDINAL), encode, "l2", factors)
     np.testing.assert_allclose(-scores, near * np.array([2.0, 1.0, 4 / 3, 1.0]) ** -2.0, atol=1e-6)
-    assert order(["east"], distance="l2", boost=popular, gamma=2.0) == ["East", "West", "North", "Far East"]
+    assert order(["east"], distance="l2", factors=factors) == ["East", "West", "North", "Far East"]
     # A row of its own for each example, and a popularity without differences changes no order.
     both = torch.stack([popular, torch.ones(4)])
-    first, second = grounding.ground_texts([["east"], ["east"]], CARDINAL, encode(CARDINAL), encode, "l2", both, 2.0)
+    own = grounding.boost_factors(both, 2.0)
+    first, second = grounding.ground_texts([["east"], ["east"]], CARDINAL, encode(CARDINAL), encode, "l2", own)
     torch.testing.assert_close(first, scores)
     np.testing.assert_allclose(-second, near, atol=1e-6)
 

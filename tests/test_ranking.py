@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causaldpo_lib.backbone import save_checkpoint, train_tokenizer
-from causaldpo_lib.beam import beam_search, dead_nodes, in_order
+from causaldpo_lib.beam import assisted_steps, beam_search, dead_nodes, in_order
 from causaldpo_lib.catalogue import build_trie, read_catalogue
 from causaldpo_lib.causal import Backdoor, with_environment
 from causaldpo_lib.decoding import read_prompts, title_logps
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.prompts import SEPARATOR, encode_prompts, prompt_text
-from causaldpo_lib.ranking import CATALOGUE_FILE, RANKERS, Catalogue, Ranking, agreement, recommend
+from causaldpo_lib.ranking import CATALOGUE_FILE, RANKERS, Catalogue, Ranking, agreement, rank_scores, recommend
 
 BEAMS = ["beam", "beam_normalised"]
 
@@ -428,3 +428,52 @@ def test_recommend_mixes_the_environments_of_a_checkpoint(tmp_path, tiny, items,
     assert scores == pytest.approx(expected.scores[0].tolist(), abs=1e-4)
     plain = RANKERS["likelihood"](*tiny, catalogue, [prompt_text(["Zero"])], [10], 12, 1)
     assert not np.allclose(plain.scores, expected.scores, atol=1e-3)
+
+
+# --- an assistant in the search ---
+
+
+def test_assisted_steps_add_up_to_the_assistants_log_probability(catalogue):
+    logps = torch.log_softmax(torch.randn(3, len(catalogue.items), generator=torch.Generator().manual_seed(0)), -1)
+    steps = assisted_steps(logps, catalogue.trie)
+    found = torch.stack([sum(steps[:, node] for node in path if node) for path in catalogue.trie.paths.tolist()], 1)
+    torch.testing.assert_close(found, logps, atol=1e-5, rtol=1e-4)
+    for node in range(len(catalogue.trie.leaf)):  # the shares of a node's children sum to 1
+        begin, end = catalogue.trie.start[node], catalogue.trie.start[node + 1]
+        if begin < end:
+            assert steps[:, begin:end].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_an_assisted_beam_finds_the_products_order(untied, tiny, catalogue, rows):
+    texts, targets = [row["prompt"] for row in rows[:4]], catalogue.items[:4].tolist()
+    logps = torch.log_softmax(3 * torch.randn(4, 12, generator=torch.Generator().manual_seed(1)), -1).numpy()
+    arguments = untied, tiny[1], catalogue, texts, targets, 12, 2
+    alone = RANKERS["beam"](*arguments)
+    own = np.empty((4, 12))
+    for row in range(4):
+        own[row, catalogue.positions(alone.items[row], "listed")] = alone.scores[row]
+    mixed = RANKERS["beam"](*arguments, assistant=logps, assistant_weight=0.3)
+    product = 0.7 * own + 0.3 * logps
+    np.testing.assert_array_equal(mixed.items, catalogue.items[(-product).argsort(1)])
+    np.testing.assert_allclose(mixed.scores, -np.sort(-product, 1), atol=1e-4)
+    np.testing.assert_allclose(mixed.target_logp, alone.target_logp)  # stays the model's own
+    unmixed = RANKERS["beam"](*arguments, assistant=logps, assistant_weight=0.0)
+    np.testing.assert_array_equal(unmixed.items, alone.items)
+
+
+# --- scores that are there already ---
+
+
+def test_given_scores_are_ranked_by_the_same_rules():
+    logps = np.log(np.array([[0.1, 0.4, 0.4, 0.1], [0.7, 0.1, 0.1, 0.1]]))
+    items = np.array(["a", "b", "c", "d"])
+    found = rank_scores(logps, items, np.array(["b", "d"]), 3)
+    assert found.items.tolist() == [["b", "c", "a"], ["a", "b", "c"]]  # ties in catalogue order
+    assert found.rank.tolist() == [1, 3]  # ties stand before the target
+    assert found.target_logp == pytest.approx(np.log([0.4, 0.1]))
+    masked = rank_scores(logps, items, np.array(["b", "d"]), 2, [["b"], ["a", "b"]])
+    assert masked.items.tolist() == [["c", "a"], ["c", "d"]] and masked.rank.tolist() == [4, 1]
+    with pytest.raises(StudyError, match=r"target item .*x"):
+        rank_scores(logps, items, np.array(["b", "x"]), 3)
+    with pytest.raises(StudyError, match="masking leaves 2 titles"):
+        rank_scores(logps, items, np.array(["b", "d"]), 3, [[], ["a", "b"]])

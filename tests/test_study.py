@@ -23,7 +23,8 @@ from causaldpo_lib.study import jobs, load_method, load_study
 
 READING = {f"{name} of quick" for name in workflow.READING}
 END = {"tables of quick", *READING}
-METHODS = ("sft", "dpo", "causal_dpo", "shuffled")
+ALIGNED = ("dpo", "s_dpo", "causal_dpo", "shuffled", "popularity_negatives", "causal_negatives")
+METHODS = ("sft", "sasrec", *ALIGNED)
 SEEDS = (1, 2, 3)
 
 
@@ -118,10 +119,13 @@ def test_an_unknown_study_ends_with_one_sentence(capsys):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("label: A\nsummary: B\n", "key 'parameters' is missing"),
-        ("label: A\nsummary: B\nparameters: {mmd_wait: 1.0}\n", "x.yaml, parameters: unknown parameter 'mmd_wait'"),
-        ("label: A\nsummary: B\nparamters: null\n", r"unknown key 'paramters' \(did you mean 'parameters'\?\)"),
-        ("label: no\nsummary: B\nparameters: null\n", "label is False"),
+        ("label: A\n", "key 'summary' is missing"),
+        ("label: A\nsummary: B\nalign: {mmd_wait: 1.0}\n", "x.yaml, align: unknown parameter 'mmd_wait'"),
+        ("label: A\nsummary: B\nalgin: {}\n", r"unknown key 'algin' \(did you mean 'align'\?\)"),
+        ("label: A\nsummary: B\nrank: {assistant: sasrek}\n", "x.yaml, rank: unknown assistant 'sasrek'"),
+        ("label: A\nsummary: B\nsft: {assistant: x}\n", "x.yaml, sft: assistant comes from the study's"),
+        ("label: A\nsummary: B\npublished: {data: {}}\n", "x.yaml, published: unknown key 'data'"),
+        ("label: no\nsummary: B\n", "label is False"),
     ],
 )
 def test_a_bad_method_is_refused(tmp_path, monkeypatch, text, sentence):
@@ -138,7 +142,7 @@ def test_a_bad_method_is_refused(tmp_path, monkeypatch, text, sentence):
 def test_the_quick_study_is_these_runs():
     found = jobs(load_study("quick"))
     counts = Counter(job.stage for job in found)
-    assert counts == {"data": 1, "sft": 3, "align": 9, "rank": 12, "environments": 1}
+    assert counts == {"data": 1, "sft": 3, "sasrec": 3, "align": 18, "rank": 24, "environments": 1}
     assert len({job.folder for job in found}) == len(found)
     seen = set()
     for job in found:  # upstream first, and the parameters point there
@@ -151,6 +155,9 @@ def test_the_quick_study_is_these_runs():
 def test_methods_differ_only_in_what_their_files_say():
     aligned = {job.method: job.parameters for job in jobs(load_study("quick")) if job.stage == "align"}
     differing = {key for key in aligned["dpo"] if len({str(p[key]) for p in aligned.values()}) > 1}
+    assert differing == {"method", "memberships", "mmd_weight", "loss", "negatives", "negatives_per_prompt"}
+    core = {name: aligned[name] for name in ("dpo", "causal_dpo", "shuffled")}
+    differing = {key for key in core["dpo"] if len({str(p[key]) for p in core.values()}) > 1}
     assert differing == {"method", "memberships", "mmd_weight"}
 
 
@@ -176,11 +183,91 @@ def test_settings_of_one_dataset_and_shift_are_told_apart_by_name(tmp_path):
     second = {**first, "name": "by-user", "data": {"shift_options": {"scope": "user"}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**QUICK, "settings": [first, second], "seeds": [1]}))
     found = jobs(load_study(tmp_path / "mine.yaml"))
-    assert Counter(job.setting for job in found) == {"simulated-temporal": 10, "by-user": 10}
-    assert len({job.folder for job in found}) == 20
+    assert Counter(job.setting for job in found) == {"simulated-temporal": 18, "by-user": 18}
+    assert len({job.folder for job in found}) == 36
     options = {job.setting: job.parameters["shift_options"] for job in found if job.stage == "data"}
     assert options == {"simulated-temporal": {"min_user": 6}, "by-user": {"scope": "user"}}
     assert workflow.tables_of(load_study(tmp_path / "mine.yaml"))[-1] == "points-by-user"
+
+
+def written(tmp_path, **change) -> study.Study:
+    """The quick study for one seed with something changed."""
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**QUICK, "seeds": [1], **change}))
+    return load_study(tmp_path / "mine.yaml")
+
+
+def test_a_sweep_is_one_method_a_value_that_differs_in_it_alone(tmp_path):
+    sweeps = [
+        {"method": "causal_dpo", "stage": "align", "key": "mmd_weight", "values": [0.1, 10.0]},
+        {"method": "dpo", "stage": "align", "key": "loss_options.beta", "values": [2.0], "with": {"epochs": 3.0}},
+        {"method": "dpo", "stage": "sft", "key": "backbone", "values": ["a/b"]},
+    ]
+    found = jobs(written(tmp_path, methods=["sft", "dpo", "causal_dpo"], sweeps=sweeps))
+    aligned = {job.method: job for job in found if job.stage == "align"}
+    swept = ["causal_dpo-mmd_weight-0.1", "causal_dpo-mmd_weight-10.0", "dpo-beta-2.0", "dpo-backbone-a_b"]
+    assert list(aligned) == ["dpo", "causal_dpo", *swept]
+    for name, change in (
+        (swept[1], {"mmd_weight": 10.0}),
+        (swept[2], {"loss_options": {**QUICK["align"]["loss_options"], "beta": 2.0}, "epochs": 3.0}),
+    ):
+        base = aligned[name.partition("-")[0]].parameters
+        assert aligned[name].parameters == {**base, "method": name, **change}
+    own = next(job for job in found if job.folder == aligned[swept[3]].inputs["sft"])
+    assert own.parameters["backbone"] == "a/b" and own.method == swept[3]
+    assert aligned["dpo"].inputs["sft"] == aligned[swept[1]].inputs["sft"] != own.folder
+
+
+def test_a_study_uses_its_own_hyperparameters_or_those_of_the_papers(tmp_path):
+    betas = {}
+    for kind in ("matched", "published"):
+        found = jobs(written(tmp_path, methods=["dpo", "causal_dpo", "rose_po"], hyperparameters=kind))
+        betas[kind] = {j.method: j.parameters["loss_options"]["beta"] for j in found if j.stage == "align"}
+        drawn = {j.method: j.parameters["negatives"] for j in found if j.stage == "align"}
+        assert (drawn["rose_po"] == "self_generated") == (kind == "published")
+    assert betas == {
+        "matched": {"dpo": 1.0, "causal_dpo": 1.0, "rose_po": 1.0},
+        "published": {"dpo": 0.1, "causal_dpo": 2.0, "rose_po": 1.0},
+    }
+
+
+def test_an_assistant_is_trained_first_even_if_it_is_no_row(tmp_path):
+    found = jobs(written(tmp_path, methods=["d3", "rose_po", "sft"]))
+    [assistant] = [job.folder for job in found if job.stage == "sasrec"]
+    by_label = {job.label.partition(" seed")[0]: job for job in found}
+    assert by_label["rank d3"].inputs["assistant"] == by_label["align rose_po"].inputs["assistant"] == assistant
+    assert "assistant" not in by_label["rank sft"].inputs
+    place = {job.folder: index for index, job in enumerate(found)}
+    assert place[assistant] < place[by_label["rank d3"].folder]
+
+
+def test_methods_that_rank_one_checkpoint_alike_have_a_row_each(tmp_path):
+    sweeps = [{"method": "sft", "stage": "rank", "key": "beam_width", "values": [0]}]
+    found = [job for job in jobs(written(tmp_path, methods=["sft"], sweeps=sweeps)) if job.stage == "rank"]
+    assert [job.method for job in found] == ["sft", "sft-beam_width-0"]
+    assert found[0].folder == found[1].folder
+
+
+def test_comparisons_are_pairs_of_the_study(tmp_path):
+    loaded = written(tmp_path, comparisons=[["dpo", "s_dpo"]])
+    assert loaded.comparisons == (("dpo", "s_dpo"),)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hyperparameters": "publsihed"}, "unknown hyperparameters 'publsihed'"),
+        ({"comparisons": [["dpo", "ipo"]]}, "unknown compared method 'ipo'"),
+        ({"comparisons": ["dpo"]}, "comparison 'dpo' is no pair"),
+        ({"sweeps": [{"method": "dpo"}]}, "sweep 1: key 'stage' is missing"),
+        ({"sweeps": [{"method": "ipo", "stage": "align", "key": "k", "values": [1]}]}, "unknown method 'ipo'"),
+        ({"sweeps": [{"method": "dpo", "stage": "algin", "key": "k", "values": [1]}]}, "unknown stage 'algin'"),
+        ({"sweeps": [{"method": "dpo", "stage": "align", "key": "beta", "values": [1]}]}, "unknown parameter 'beta'"),
+        ({"sweeps": [{"method": "dpo", "stage": "align", "key": "epochs", "values": []}]}, "sweep 1: values is"),
+    ],
+)
+def test_a_bad_sweep_or_comparison_is_refused(tmp_path, change, sentence):
+    with pytest.raises(StudyError, match=sentence):
+        written(tmp_path, **change)
 
 
 def test_the_workflow_expects_the_tables_that_are_written():
@@ -280,7 +367,7 @@ def test_a_changed_value_runs_its_stage_and_what_follows(tree):
     path = tree / "params/studies/quick.yaml"
     content = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**content, "align": {**content["align"], "batch_size": 17}}))
-    aligned = METHODS[1:]
+    aligned = ALIGNED
     assert planned(tree) == steps("align", aligned) | steps("rank", aligned) | END
     path.write_text(yaml.safe_dump(content))
     assert planned(tree) == set()  # the runs of before are still there
@@ -301,7 +388,7 @@ def test_an_edited_code_cell_runs_its_stage_and_what_follows(tree):
 
 def test_an_edited_penalty_runs_alignment_but_not_fine_tuning(tree):
     add_code(tree, "mmd")
-    aligned = METHODS[1:]
+    aligned = ALIGNED
     # the map's diagnostics weigh environments as the penalty does
     again = steps("align", aligned) | steps("rank", aligned) | steps("environments", seeds=[1])
     assert planned(tree) == again | END
@@ -309,7 +396,7 @@ def test_an_edited_penalty_runs_alignment_but_not_fine_tuning(tree):
 
 def test_edited_environments_run_alignment_and_their_map(tree):
     add_code(tree, "environments", "losses")
-    aligned = METHODS[1:]
+    aligned = ALIGNED
     again = steps("align", aligned) | steps("rank", aligned) | steps("environments", seeds=[1])
     assert planned(tree) == again | END
 
@@ -323,7 +410,12 @@ def test_edited_figures_and_statistics_do_not_train(tree):
 
 def test_a_new_seed_runs_only_its_runs(tree):
     edit(tree / "params/studies/quick.yaml", "seeds: [1, 2, 3]", "seeds: [1, 2, 3, 4]")
-    new = steps("sft", seeds=[4]) | steps("align", METHODS[1:], [4]) | steps("rank", METHODS, [4])
+    new = (
+        steps("sft", seeds=[4])
+        | steps("align", ALIGNED, [4])
+        | steps("sasrec", ["sasrec"], [4])
+        | steps("rank", METHODS, [4])
+    )
     assert planned(tree) == new | END
 
 
@@ -352,6 +444,7 @@ def execute(stage, namespace):
 def prepare_data(): ...
 def fine_tune(): ...
 def align(): ...
+def fit_sequential(): ...
 def rank(): ...
 def infer_environments(): ...
 """
@@ -412,6 +505,7 @@ def execute(stage, namespace):
 def prepare_data(): ...
 def fine_tune(): ...
 def align(): ...
+def fit_sequential(): ...
 def rank(): ...
 def infer_environments(): ...
 """
