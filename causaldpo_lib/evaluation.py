@@ -40,6 +40,7 @@ COUNTERPARTS = {
     "cpo_causal": ("cpo",),
     "simpo_causal": ("simpo",),
     "causal_negatives": ("popularity_negatives", "causal_negatives_shuffled"),
+    "causal_negatives_oracle": ("causal_negatives",),
     "causal_dpo": ("dpo",),
     "shuffled": ("dpo",),
     "dpo": ("sft",),

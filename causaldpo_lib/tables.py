@@ -40,6 +40,7 @@ from causaldpo_lib.costs import cost_rows
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import (
     ENDS,
+    FLOORS,
     KL,
     LIFT,
     LIST_METRICS,
@@ -61,6 +62,11 @@ from causaldpo_lib.records import shown
 
 MAIN_METRICS = ("target_logp", f"causal_NDCG@{K}", "HR@10", "NDCG@10")
 TEST_SPLITS = ("iid_test", "ood_test")
+# What figures show of studies with many methods, and the references beside them; tables show all.
+CORE = (
+    *("sft", "dpo", "causal_dpo", "shuffled", "popularity_negatives", "causal_negatives"),
+    *("training", "targets", *FLOORS),
+)
 VALIDATION = ("validation",)
 TABLES = ("metrics", "paired", "shares", "groups", "diagnostics")
 # Tables that studies of an earlier version lack, and that can be without rows; their columns, for those cases.
@@ -321,6 +327,14 @@ def select(table: Frame, **equal: Any) -> Frame:
     """The rows of a table where each named column has the given value (or one of a list of values)."""
     for column, value in equal.items():
         table = table[table[column].isin(value if isinstance(value, list | tuple) else [value])]
+    return table.reset_index(drop=True)
+
+
+def core(table: Frame) -> Frame:
+    """The rows of ``CORE``, whose number a figure can hold; of comparisons those between two of them."""
+    for column in ("method", "baseline"):
+        if column in table:
+            table = table[table[column].isin(CORE)]
     return table.reset_index(drop=True)
 
 

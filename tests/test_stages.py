@@ -10,6 +10,7 @@ from causaldpo_lib import pipeline, stages
 from causaldpo_lib.backbone import train_tokenizer
 from causaldpo_lib.causal import Backdoor
 from causaldpo_lib.errors import StudyError
+from causaldpo_lib.metrics import ndcg_at_k
 from causaldpo_lib.ranking import recommend
 
 
@@ -26,7 +27,8 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def data(root):
     options = {"users": 60, "items": 40, "length": 12}
-    return execute("data", root / "simulated-environment" / "data", dataset_options=options, test_examples=30)
+    sizes = {"test_examples": 30, "validation_examples": 20}
+    return execute("data", root / "simulated-environment" / "data", dataset_options=options, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def test_data_stage_writes_what_the_others_read(data):
     examples = pd.read_parquet(data.folder / "examples.parquet")
     items = pd.read_parquet(data.folder / "items.parquet")
     truth = pd.read_parquet(data.folder / "truth.parquet")
-    assert examples["split"].value_counts()[["iid_test", "ood_test", "validation"]].max() <= 30
+    counts = examples["split"].value_counts()
+    assert counts[["iid_test", "ood_test"]].max() <= 30 and counts["validation"] <= 20
     assert examples["history"].map(len).between(1, 10).all() and examples["example"].is_unique
     assert {"item", "title", "genres", "train_count", "group_mass", "group_items"} <= set(items)
     assert truth.groupby("user")["preference"].sum().to_numpy() == pytest.approx(1.0)
@@ -148,6 +151,115 @@ def test_a_policy_given_the_environment_is_averaged_over_environments(root, data
     ranked = execute("rank", root / "backdoor-rank", data=str(data.folder), checkpoint=str(run.folder))
     table = pd.read_parquet(ranked.folder / "predictions.parquet")
     assert np.isfinite(table["target_logp"]).all() and all(len(set(items)) == 20 for items in table["items"])
+
+
+def test_negatives_matched_to_environments_use_the_trainers_own_memberships(root, data, sft, monkeypatch):
+    """What the sampler is given before there is a trainer equals what the trainer finds, row by row."""
+    given = {}
+    sampler = stages.pairs.NEGATIVES["environment_matched"]
+
+    def listening(examples, *arguments, **options):
+        given["rows"] = np.stack(examples["memberships"].tolist())
+        return sampler(examples, *arguments, **options)
+
+    monkeypatch.setitem(stages.pairs.NEGATIVES, "environment_matched", listening)
+    inputs = {"data": str(data.folder), "sft": str(sft.folder), "train_examples": 64, "mmd_weight": 0.0}
+    for kind in ("inferred", "shuffled", "oracle_environment"):
+        options = {"negatives": "environment_matched", "memberships": kind, "method": kind}
+        run = execute("align", root / f"matched-{kind}", **inputs, **options)
+        found = pd.read_parquet(run.folder / "memberships.parquet").filter(like="environment_").to_numpy()
+        np.testing.assert_allclose(given["rows"], found, atol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def sequential(root, data):
+    return execute("sasrec", root / "sasrec", data=str(data.folder), epochs=3)
+
+
+def test_a_sasrec_is_ranked_by_its_own_scores(root, data, sft, sequential):
+    inputs = {"data": str(data.folder), "list_length": 20}
+    ranked = execute("rank", root / "sasrec-rank", **inputs, checkpoint=str(sequential.folder), ranker="sasrec")
+    table = pd.read_parquet(ranked.folder / "predictions.parquet")
+    logps = np.stack(table["catalogue_logps"])
+    items = pd.read_parquet(data.folder / "items.parquet")["item"].tolist()
+    own = logps[np.arange(len(table)), [items.index(target) for target in table["target"]]]
+    assert table["target_logp"].to_numpy() == pytest.approx(own, abs=1e-6)
+    assert (table["rank"] == (logps >= own[:, None]).sum(1) - 1).all()
+    for number, (run, ranker) in enumerate(((sequential, "beam"), (sft, "sasrec"))):
+        with pytest.raises(StudyError, match="'sasrec' ranks by SASRec runs"):
+            execute("rank", root / f"mismatch-{number}", **inputs, checkpoint=str(run.folder), ranker=ranker)
+
+
+def test_labels_are_smoothed_by_the_assistants_doubts(root, data, sft, sequential, monkeypatch):
+    seen = {}
+    init = stages.trainers.CausalDPOTrainer.__init__
+
+    def listening(self, *arguments, **options):
+        init(self, *arguments, **options)
+        seen["smoothing"], seen["rows"] = self.smoothing, options["train_dataset"]
+
+    monkeypatch.setattr(stages.trainers.CausalDPOTrainer, "__init__", listening)
+    inputs = {"data": str(data.folder), "sft": str(sft.folder), "assistant": str(sequential.folder)}
+    run = execute("align", root / "rose", **inputs, method="rose", loss="rose_po", mmd_weight=0.0, train_examples=64)
+    items = pd.read_parquet(data.folder / "items.parquet")
+    examples = pd.read_parquet(data.folder / "examples.parquet").set_index("example")
+    rows = pd.read_parquet(run.folder / "memberships.parquet")["example"]
+    logps = stages._sequential_logps(str(sequential.folder), examples.loc[rows].reset_index(), items)
+    place = {f" {title}": index for index, title in enumerate(items["title"])}
+    for row, doubt, own in zip(seen["rows"], seen["smoothing"].tolist(), logps, strict=True):
+        gap = own[place[row["rejected"][0]]] - own[place[row["chosen"]]]
+        assert doubt == pytest.approx(min(1 / (1 + np.exp(-gap)), 0.49), abs=1e-5)
+    assert run.summary["scalars"]["smoothing_mean"] == pytest.approx(float(seen["smoothing"].mean()), abs=1e-6)
+    with pytest.raises(StudyError, match="the rows smooth their labels, but loss 'dpo' does not take it"):
+        execute("align", root / "dpo-smoothed", **inputs, method="dpo", train_examples=8)
+
+
+def test_a_boosts_strength_is_the_best_on_validation(root, data, sft, sequential):
+    inputs = {"data": str(data.folder), "checkpoint": str(sft.folder), "assistant": str(sequential.folder)}
+    boost = {"boost": "assistant", "ranker": "beam"}
+    validation = {}
+    for strength in (0.0, 0.3, 0.6):
+        run = execute("rank", root / f"d3-{strength}", **inputs, **boost, strengths=[strength])
+        table = pd.read_parquet(run.folder / "predictions.parquet")
+        validation[strength] = ndcg_at_k(table.loc[table["split"] == "validation", "rank"].to_numpy(), 10)
+    chosen = execute("rank", root / "d3", **inputs, **boost, strengths=[0.0, 0.3, 0.6])
+    assert chosen.summary["scalars"]["strength"] == max(validation, key=validation.get)
+    best = pd.read_parquet(root / f"d3-{chosen.summary['scalars']['strength']}" / "predictions.parquet")
+    assert pd.read_parquet(chosen.folder / "predictions.parquet")["rank"].equals(best["rank"])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"boost": "assistant", "strengths": [0.1], "assistant": ""}, "needs the run folder of a SASRec"),
+        ({"boost": "assistant", "strengths": []}, "has no strengths to choose from"),
+        ({"strengths": [0.1]}, "strengths are those of a boost"),
+        ({"boost": "popularity", "strengths": [0.1]}, "unknown boost of ranker 'beam' 'popularity'"),
+        ({"boost": "popularity", "strengths": [1.0], "ranker": "likelihood"}, "unknown ranker into which something"),
+    ],
+)
+def test_a_boost_that_cannot_be_is_refused(root, data, sft, sequential, change, sentence):
+    inputs = {"data": str(data.folder), "checkpoint": str(sft.folder), "assistant": str(sequential.folder)}
+    folder = root / f"refused-{len(str(change))}-{len(sentence)}"
+    with pytest.raises(StudyError, match=sentence):
+        execute("rank", folder, **{**inputs, **change})
+
+
+def test_fine_tuning_can_be_left_out(root, data):
+    run = execute("sft", root / "pretrained", data=str(data.folder), backbone="tiny-small", epochs=0.0)
+    assert set(pd.read_csv(run.folder / "log.csv")["part"]) == {"pretraining"}
+    with pytest.raises(StudyError, match="epochs = 0 leaves nothing to train"):
+        execute("sft", root / "untouched", data=str(data.folder), backbone="tiny-small", epochs=0.0, pretrain_epochs=0)
+
+
+def test_a_round_may_fine_tune_before_it_aligns(root, data, sft):
+    inputs = {"data": str(data.folder), "sft": str(sft.folder), "method": "sprec", "mmd_weight": 0.0}
+    options = {"negatives": "self_generated", "train_examples": 48, "learning_rate": 5e-3, "lora_rank": 4}
+    run = execute("align", root / "sprec", **inputs, **options, round_epochs=1.0)
+    log = pd.read_csv(run.folder / "log.csv")
+    assert log["margin"].iloc[0] == pytest.approx(0.0, abs=1e-4)  # the reference is the fine-tuned model
+    plain = pd.read_csv(execute("align", root / "own", **inputs, **options).folder / "log.csv")
+    assert log["chosen_logp"].iloc[0] > plain["chosen_logp"].iloc[0]
 
 
 def test_recommend_serves_a_trained_checkpoint(aligned, data):
