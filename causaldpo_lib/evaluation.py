@@ -254,24 +254,30 @@ def _metric_row(panel: Panel, method: str, metric: str, found: stats.Interval, s
 
 
 def compared(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """The (method, baseline) pairs that are tested: a method against all of ``BASELINES`` that precede it, and against
-    its ``COUNTERPARTS``, for a method of a sweep (``<method>-<key>-<value>``) at the same value."""
+    """The (method, baseline) pairs that are tested: a method against all of ``BASELINES`` that precede it, but for the
+    shuffled control only what it controls, CausalDPO; and against its ``COUNTERPARTS``, for a method of a sweep
+    (``<method>-<key>-<value>``) at the same value."""
     order = {name: index for index, name in enumerate(BASELINES)}
-    found = [(m, b) for m in methods for b in BASELINES if b in methods and order[b] < order.get(m, len(order))]
+    found = [
+        (method, baseline)
+        for method in methods
+        for baseline in BASELINES
+        if baseline in methods and order[baseline] < order.get(method, len(order))
+        if baseline != "shuffled" or method == "causal_dpo"
+    ]
     for method in methods:
         base, mark, value = method.partition("-")
-        found += [
-            (method, other + mark + value) for other in COUNTERPARTS.get(base, ()) if other + mark + value in methods
-        ]
+        others = (other + mark + value for other in COUNTERPARTS.get(base, ()))
+        found += [(method, other) for other in others if other in methods]
     return list(dict.fromkeys(found))
 
 
 def paired_rows(panel: Panel, comparisons: Sequence[tuple[str, str]] = ()) -> list[dict[str, Any]]:
     """Rows of paired.csv: differences in each metric, in the shares and accuracies of the end groups, in slopes.
 
-    ``p_equivalent`` tests that the difference lies within ``margin`` (``MARGIN``, in the metric's unit); both families
-    of p-values, of one metric, are corrected after Holm. ``p_mcnemar`` stands beside hit rates only. ``comparisons``
-    are tested beside those of ``compared``.
+    ``p_equivalent`` tests that the difference lies within ``margin`` (``MARGIN``, in the metric's unit); both kinds of
+    p-values are corrected after Holm over the methods that are compared with one baseline in one metric.
+    ``p_mcnemar`` stands beside hit rates only. ``comparisons`` are tested beside those of ``compared``.
     """
     everyone = np.ones(len(panel.users), dtype=bool)
     endpoints = [(metric, values, everyone) for metric, values in example_scores(panel).items()]
@@ -294,10 +300,10 @@ def paired_rows(panel: Panel, comparisons: Sequence[tuple[str, str]] = ()) -> li
             if metric.startswith("HR@"):
                 found["p_mcnemar"] = stats.mcnemar(left, right)
             family.append(found)
-        rows += _family(panel, metric, pairs, family)
+        rows += _corrected(panel, metric, pairs, family)
     for grouping, positions in ordered_groups(panel).items():
         family = [stats.slope(gains[m] - gains[b], positions, panel.users)._asdict() for m, b in pairs]
-        rows += _family(panel, slope_metric(grouping), pairs, family)
+        rows += _corrected(panel, slope_metric(grouping), pairs, family)
     return rows
 
 
@@ -315,20 +321,21 @@ def _equivalence(metric: str, values: np.ndarray, baseline: np.ndarray, users: n
     }
 
 
-def _family(
+def _corrected(
     panel: Panel, metric: str, pairs: Sequence[tuple[str, str]], found: Sequence[dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """The rows of one family of comparisons: one metric in one split of one setting, corrected after Holm."""
-    adjusted = stats.holm([row["p"] for row in found])
-    equivalent = stats.holm([row["p_equivalent"] for row in found if "p_equivalent" in row])
+    """The rows of one metric in one split of one setting. All methods against one baseline are a family of Holm's."""
     rows = []
-    for index, ((method, baseline), numbers) in enumerate(zip(pairs, found, strict=True)):
+    for (method, baseline), numbers in zip(pairs, found, strict=True):
         key = {"setting": panel.setting, "split": panel.split, "metric": metric, "method": method, "baseline": baseline}
-        row = {**key, **numbers, "difference": numbers["mean"], "p_holm": adjusted[index]}
-        if len(equivalent):
-            row["p_equivalent_holm"] = equivalent[index]
-        row.pop("mean")
-        rows.append(row)
+        rows.append({**key, **numbers, "difference": numbers["mean"]})
+        rows[-1].pop("mean")
+    for baseline in dict.fromkeys(baseline for _, baseline in pairs):
+        family = [row for row in rows if row["baseline"] == baseline]
+        for p in ("p", "p_equivalent"):
+            if p in family[0]:
+                for row, adjusted in zip(family, stats.holm([row[p] for row in family]), strict=True):
+                    row[f"{p}_holm"] = adjusted
     return rows
 
 

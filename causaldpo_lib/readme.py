@@ -6,6 +6,7 @@ A part ``claims`` of study ``ml-100k`` stands between ``<!-- ml-100k claims -->`
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from causaldpo_lib import tables, takeaways
@@ -15,17 +16,26 @@ from causaldpo_lib.plots import SPLITS
 PART = re.compile(r"(<!-- (?P<study>[\w.-]+) (?P<part>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def _claims(folder: Path) -> str:
+def _claims(folder: Path, claims: Sequence[takeaways.Claim] = takeaways.CLAIMS) -> str:
     """Every claim on the OOD tests, a row each, a column per setting: result and difference with its interval."""
-    rows = takeaways.claim_table(tables.read(folder))
+    rows = takeaways.claim_table(tables.read(folder), claims)
     rows = rows[rows["split"] == SPLITS["ood_test"]]
     rows["cell"] = rows["result"] + ": " + rows["difference"].str.partition(", p ")[0]
     cells = rows.pivot(index="claim", columns="setting", values="cell").reindex(rows["claim"].unique())
     return tables.markdown(cells.fillna("").reset_index())
 
 
-def _results(folder: Path) -> str:
-    return "\n\n".join(tables.markdown_table(folder, setting) for setting in tables.settings(tables.read(folder)))
+def _hypotheses(folder: Path) -> str:
+    return _claims(folder, takeaways.HYPOTHESES)
+
+
+def _results(folder: Path, splits: Sequence[str] = tables.TEST_SPLITS) -> str:
+    found = tables.settings(tables.read(folder))
+    return "\n\n".join(tables.markdown_table(folder, setting, splits) for setting in found)
+
+
+def _ood(folder: Path) -> str:
+    return _results(folder, ["ood_test"])
 
 
 def _environments(folder: Path) -> str:
@@ -33,7 +43,13 @@ def _environments(folder: Path) -> str:
     return "\n\n".join(takeaways.diagnostics_takeaway(found, setting) for setting in tables.settings(found))
 
 
-PARTS = {"claims": _claims, "results": _results, "environments": _environments}
+PARTS = {
+    "claims": _claims,
+    "hypotheses": _hypotheses,
+    "results": _results,
+    "ood": _ood,
+    "environments": _environments,
+}
 
 
 def filled(text: str, figures: Path) -> str:

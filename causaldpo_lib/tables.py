@@ -19,7 +19,7 @@ writes them to ``results/<study>/`` as csv. Everything shown anywhere is made fr
 Fractions are stored as fractions, log-probabilities in nats. Intervals are 95 %, over training
 seeds and users together (``stats``); floors have no seeds, so theirs is over users
 only, and what a set of lists has as a whole (``evaluation.LIST_METRICS``) varies over seeds only.
-A Holm family is one metric in one split of one setting, with all its method-baseline comparisons.
+A Holm family is all methods against one baseline, in one metric, split and setting.
 times.csv needs examples with a ``time``, validation.csv rankings of the validation split; without, they are empty. The
 metric ``causal_KL`` needs predictions with a column ``catalogue_logps``, a list in the order of items.parquet.
 """
@@ -483,11 +483,11 @@ def markdown(table: Frame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def markdown_table(folder: str | Path, setting: str) -> str:
+def markdown_table(folder: str | Path, setting: str, splits: Sequence[str] = TEST_SPLITS) -> str:
     """The main results of one setting in Markdown, for notebooks and the README: one table per test split."""
     tables = read(folder)
     parts = []
-    for split in select(tables["metrics"], setting=setting)["split"].unique():
+    for split in select(tables["metrics"], setting=setting, split=list(splits))["split"].unique():
         about = f"{facts(tables, setting, split)}; 95 % intervals over seeds and users"
         title = f"**{setting}, {SPLITS[split]}** ({about})"
         parts += [title, markdown(result_table(tables, setting, split))]

@@ -1,9 +1,9 @@
 """Takeaways: sentences computed from the result tables, phrased to stay true whatever the numbers are.
 
 A difference is called ``raised`` or ``lowered`` only if its 95 % interval leaves out 0 and its p-value is at
-most 0.05 after Holm's correction within its family (one metric in one split of one setting); everything else
-is ``no detectable change``, which is not a claim of equality. Equality is claimed where equivalence tests refute a
-difference as large as the margin (``evaluation.MARGIN``), and otherwise left ``undecided``.
+most 0.05 after Holm's correction within its family (all methods against one baseline, in one metric, split and
+setting); everything else is ``no detectable change``, which is not a claim of equality. Equality is claimed where
+equivalence tests refute a difference as large as the margin (``evaluation.MARGIN``), and otherwise left ``undecided``.
 """
 
 from __future__ import annotations

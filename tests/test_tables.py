@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -349,6 +350,16 @@ def test_every_method_is_compared_with_the_baselines_before_it():
     assert evaluation.compared(["dpo"]) == []
 
 
+def test_a_method_is_compared_with_its_counterpart_at_the_same_value_of_a_sweep():
+    methods = ["dmpo", "dmpo-k-1", "dynamic_dmpo-k-1", "dynamic_dmpo-k-5", "causal_negatives", "popularity_negatives"]
+    assert evaluation.compared(methods) == [
+        ("dynamic_dmpo-k-1", "dmpo-k-1"),
+        ("causal_negatives", "popularity_negatives"),
+    ]
+    assert ("dmpo", "shuffled") not in evaluation.compared(["shuffled", "dmpo", "causal_dpo"])
+    assert ("dmpo", "causal_dpo") in evaluation.compared(["shuffled", "dmpo", "causal_dpo"])
+
+
 def test_differences_are_paired_and_corrected_within_their_metric(jobs, collected):
     paired = collected["paired"]
     key = {"setting": NAMES[1], "split": "ood_test"}
@@ -357,10 +368,11 @@ def test_differences_are_paired_and_corrected_within_their_metric(jobs, collecte
     }
     found = value(paired, "difference", metric="HR@10", method="dpo", baseline="sft", **key)
     assert found == pytest.approx(means["dpo"] - means["sft"])
-    family = tables.select(paired, metric="HR@10", **key)
-    assert len(family) == 6
-    smallest = family["p"].min()
-    assert family.loc[family["p"].idxmin(), "p_holm"] == pytest.approx(min(1, 6 * smallest))
+    assert len(tables.select(paired, metric="HR@10", **key)) == 6
+    for baseline, size in (("sft", 3), ("dpo", 2), ("shuffled", 1)):  # all methods against one of them
+        family = tables.select(paired, metric="HR@10", baseline=baseline, **key)
+        assert len(family) == size
+        assert family.loc[family["p"].idxmin(), "p_holm"] == pytest.approx(min(1, size * family["p"].min()))
     assert (paired["p_holm"] >= paired["p"]).all() and (paired["p"] > 0).all()
 
 
@@ -373,8 +385,9 @@ def test_equivalence_and_mcnemar_stand_beside_the_differences(collected):
     family = paired[
         paired["metric"].eq("target_logp") & paired["setting"].eq(NAMES[1]) & paired["split"].eq("ood_test")
     ]
+    family = family[family["baseline"] == "sft"]
     first = family.loc[family["p_equivalent"].idxmin()]
-    assert first["p_equivalent_holm"] == pytest.approx(min(1, 6 * first["p_equivalent"]))
+    assert first["p_equivalent_holm"] == pytest.approx(min(1, 3 * first["p_equivalent"]))
     assert (paired["metric"].str.startswith("HR@") == paired["p_mcnemar"].notna()).all()
     key = {"setting": NAMES[1], "split": "ood_test"}
     level = value(collected["metrics"], method="sft", metric="NDCG@10", **key)
@@ -385,6 +398,53 @@ def test_equivalence_and_mcnemar_stand_beside_the_differences(collected):
     assert value(paired, "margin", method="dpo", **key) == pytest.approx(math.log(1 + 0.1717 / 2))
     assert value(paired, "p_equivalent_holm", method="shuffled", **key) < 0.01
     assert value(paired, "p_equivalent_holm", method="dpo", **key) > 0.9
+
+
+def test_a_study_may_test_further_pairs(jobs):
+    mine = [job for job in jobs if job.setting == NAMES[1]]
+    paired = tables.collect_jobs(mine, [("shuffled", "causal_dpo")])["paired"]
+    key = {"split": "ood_test", "metric": "HR@10", "method": "shuffled", "baseline": "causal_dpo"}
+    reverse = {**key, "method": "causal_dpo", "baseline": "shuffled"}
+    assert value(paired, "difference", **key) == pytest.approx(-value(paired, "difference", **reverse))
+
+
+def test_training_curves_are_the_logs(jobs, collected):
+    table = collected["training"]
+    assert list(table.columns) == ["setting", "method", "seed", "iteration", "step", "preference_loss", "margin"]
+    assert len(table) == 2 * 3 * 3 * 2  # settings, aligned methods, seeds, logged steps
+    key = {"setting": NAMES[0], "method": "dpo", "seed": 2}
+    assert tables.select(table, **key)["preference_loss"].tolist() == [0.7, 0.6]
+
+
+def test_what_was_fine_tuned_to_be_aligned_is_no_row_of_diagnostics(one_setting):
+    [sft] = [job for job in one_setting if job.stage == "sft"]
+    own = SimpleNamespace(**{**vars(sft), "method": "dpo"})
+    table = pd.DataFrame(tables.diagnostic_rows(NAMES[0], [*one_setting, own], []))
+    assert Counter(table["method"]) == {"sft": 1, "dpo": 1, "causal_dpo": 1, "shuffled": 1, "environments": 1}
+
+
+def test_where_candidates_are_ranked_the_floors_are_among_them(jobs):
+    """Lists hold all candidates; the popular floor orders each example's own."""
+    mine = [SimpleNamespace(**vars(job)) for job in jobs if job.setting == NAMES[1]]
+    for job in mine:
+        if job.stage == "rank":
+            job.parameters = {"ranker": "candidates"}
+    panel = next(iter(tables.read_panels(NAMES[1], mine, ["ood_test"])))
+    assert panel.candidates.shape == (120, 20)
+    inside = (panel.candidates == panel.targets[:, None]).any(1)
+    floors = evaluation.floor_scores(panel)
+    assert floors["HR@1"]["random"].mean() == pytest.approx(1 / 20)
+    assert floors["target_logp"]["random"].mean() == pytest.approx(-math.log(20))
+    order = {item: place for place, item in enumerate(evaluation.popular_order(panel.items).tolist())}
+    first = [min(row, key=order.get) for row in panel.candidates.tolist()]
+    hits = np.array(first) == panel.targets
+    assert floors["HR@1"]["popular"][0][inside].tolist() == hits[inside].tolist()
+
+
+def test_figures_show_the_core_of_a_study(collected):
+    more = pd.concat([collected["paired"], collected["paired"].assign(method="s_dpo")], ignore_index=True)
+    pd.testing.assert_frame_equal(tables.core(more), collected["paired"])
+    assert set(tables.core(collected["shares"])["method"]) == set(collected["shares"]["method"])
 
 
 def test_the_fabricated_amplification_is_found(collected):
