@@ -125,7 +125,11 @@ def collect_jobs(jobs: Sequence[Any], comparisons: Sequence[tuple[str, str]] = (
     rows["costs"] = cost_rows(jobs)
     if not rows["metrics"]:
         raise StudyError("the study has no ranking run: there is nothing to put into tables")
-    return {**{name: pd.DataFrame(content, columns=LATER.get(name)) for name, content in rows.items()}, **points}
+    tables = {
+        name: pd.DataFrame(content or None, columns=None if content else LATER.get(name))
+        for name, content in rows.items()
+    }
+    return {**tables, **points}
 
 
 def read_panels(setting: str, jobs: Sequence[Any], splits: Sequence[str] = TEST_SPLITS) -> list[Panel]:
@@ -313,6 +317,8 @@ def read(path: str | Path) -> dict[str, Frame]:
     for file in [*files, *sorted(folder.glob("points-*.csv"))]:
         try:
             found[file.stem] = pd.read_csv(file)
+            if file.stem == "costs":
+                found["costs"] = found["costs"].fillna({"method": ""})  # of stages that methods share
         except (OSError, ValueError) as error:
             raise StudyError(f"{shown(file)} cannot be read ({error}): make the study's tables again") from None
     return found

@@ -527,7 +527,9 @@ def test_a_study_without_rankings_is_refused(tmp_path):
 
 
 def test_tables_are_written_read_and_printed_by_command(jobs, collected, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study, "load_study", lambda name: SimpleNamespace(name=name, folder=tmp_path / name))
+    monkeypatch.setattr(
+        study, "load_study", lambda name: SimpleNamespace(name=name, folder=tmp_path / name, comparisons=())
+    )
     monkeypatch.setattr(study, "jobs", lambda _: jobs)
     assert tables.main(["made-up"]) == 0
     assert "metrics.csv" in capsys.readouterr().out
