@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 import time
 import warnings
@@ -132,6 +133,11 @@ def measures(logps: np.ndarray, target: np.ndarray) -> dict[str, float]:
     return {"hr10": hit_rate_at_k(ranks, 10), "ndcg10": ndcg_at_k(ranks, 10), "logp": float(own.mean())}
 
 
+def means(seeds: list[dict]) -> dict[str, dict[str, float]]:
+    """Means of the measures over the seeds, per split."""
+    return {name: pd.DataFrame([seed[name] for seed in seeds]).mean().to_dict() for name in MEASURED}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train and measure what this environment has, and add it to the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -152,24 +158,17 @@ def main(argv: list[str] | None = None) -> None:
     record = read_json(options.output) if options.output.exists() else {"models": {}}
     record |= {"setting": read_json(options.data / "config.json")["setting"], "shape": SHAPE, "training": TRAINING}
     record |= {"items": len(items), "examples": {name: len(part) for name, part in examples.items()}}
-    for model, train in models.items():
-        seeds, seconds = {}, []
-        for seed in options.seeds:
-            start = time.perf_counter()
-            logps = train(seed)
-            seconds.append(time.perf_counter() - start)
-            seeds[str(seed)] = {name: measures(logps[name], targets(items, examples[name])) for name in MEASURED}
-        mean = {
-            name: {
-                key: float(np.mean([row[name][key] for row in seeds.values()])) for key in ("hr10", "ndcg10", "logp")
-            }
-            for name in MEASURED
-        }
-        record["models"][model] = {"mean": mean, "seeds": seeds, "seconds": seconds, "versions": installed}
-        for name in MEASURED:
-            print(f"{model:16} {name:10}", *(f"{key} {value:7.4f}" for key, value in mean[name].items()), flush=True)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    print(write_json(options.output, record))
+    for seed, (model, train) in itertools.product(options.seeds, models.items()):
+        start = time.perf_counter()
+        logps = train(seed)
+        row = {name: measures(logps[name], targets(items, examples[name])) for name in MEASURED}
+        entry = record["models"].setdefault(model, {"seeds": {}})
+        entry["seeds"][str(seed)] = row | {"seconds": time.perf_counter() - start}
+        entry |= {"mean": means(list(entry["seeds"].values())), "versions": installed}
+        write_json(options.output, record)
+        for name in MEASURED:
+            print(f"{model:16} {seed} {name:10}", *(f"{key} {value:7.4f}" for key, value in row[name].items()))
 
 
 if __name__ == "__main__":

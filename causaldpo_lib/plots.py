@@ -44,6 +44,8 @@ COLOURS = {
     "dpo": ("#0072B2", "o"),
     "causal_dpo": ("#D55E00", "D"),
     "shuffled": ("#009E73", "^"),
+    "popularity_negatives": ("#E69F00", "v"),
+    "causal_negatives": ("#CC79A7", "P"),
     "random": ("#BDBDBD", "x"),
     "popular": ("#BDBDBD", "P"),
     "training": ("#000000", "_"),
@@ -55,6 +57,18 @@ LABELS = {
     "popular": "Most popular",
     "training": "Training data",
     "targets": "Test targets",
+}
+# How a sweep's value is worded after its method's label; a value of 1 takes the last s away.
+SWEPT = {
+    "negatives_per_prompt": "{} negatives",
+    "mmd_weight": "λ {}",
+    "beta": "beta {}",
+    "alpha": "alpha {}",
+    "gamma": "gamma {}",
+    "selection": "selection {}",
+    "iterations": "{} iterations",
+    "backbone": "backbone {}",
+    "negatives_tempering": "tempering {}",
 }
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods added later, by name
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
@@ -83,7 +97,17 @@ GROUPINGS = {
 
 @lru_cache
 def look(method: str) -> Look:
-    """The colour, marker and label of a method or reference; others get a stable colour and their name."""
+    """The colour, marker and label of a method or reference; others get a stable colour and their name.
+
+    A method of a sweep, ``<method>-<key>-<value>``, looks as its method does, and its label says the value.
+    """
+    base, *swept = method.split("-", 2)
+    file = PARAMS / "methods" / f"{base}.yaml"
+    if len(swept) == 2 and file.exists():
+        key, value = swept
+        wording = SWEPT.get(key, f"{key} {{}}")
+        wording = wording.removesuffix("s") if value == "1" else wording
+        return look(base)._replace(label=f"{look(base).label}, {wording.format(value)}")
     colour, marker = COLOURS.get(method) or (OTHERS[sum(method.encode()) % len(OTHERS)], "v")
     file = PARAMS / "methods" / f"{method}.yaml"
     label = read_yaml(file)["label"] if file.exists() else LABELS.get(method, method)
@@ -153,9 +177,13 @@ def by_split(table: pd.DataFrame, draw: Draw, title: str) -> Figure:
 
 
 def by_metric(table: pd.DataFrame, draw: Draw, title: str) -> Figure:
-    """One panel per metric of a table, two in a row, each with its own scale, drawn by ``draw(ax, its rows)``."""
+    """One panel per metric of a table, two in a row, each with its own scale, drawn by ``draw(ax, its rows)``.
+
+    Panels grow with the rows of a forest plot: the methods, or the pairs of them.
+    """
     metrics = list(table["metric"].unique())
-    fig, axes = panels(2, (len(metrics) + 1) // 2, height=2.5, sharey=True)
+    rows = len(table[["method", *table.columns.intersection(["baseline"])]].drop_duplicates())
+    fig, axes = panels(2, (len(metrics) + 1) // 2, height=max(2.5, 0.8 + 0.2 * rows), sharey=True)
     for ax, metric in zip(axes.flat, metrics, strict=False):
         draw(ax, table[table["metric"] == metric])
     for ax in axes.flat[len(metrics) :]:
@@ -660,4 +688,96 @@ def null_histogram(ax: Axes, draws: np.ndarray, observed: float, expected: float
     ax.axvline(expected, color="#0072B2", ls=(0, (4, 2)), label="expected of these")
     ax.axvline(observed, color="#D55E00", label="the batch's own memberships")
     _label_y(ax, "draws")
+    return ax
+
+
+# --- More and more negatives (notebook 13) ---
+
+
+def by_loss(table: pd.DataFrame, draw: Draw, title: str, rows: str | None = None, **options: object) -> Figure:
+    """A panel per loss (a column) and value of ``rows`` (a row), each drawn by ``draw(ax, its rows)``.
+
+    Columns: loss (a method) and, if given, ``rows``. ``options``: of ``panels``.
+    """
+    keys = table[rows] if rows else pd.Series("", table.index)
+    losses, values = (list(dict.fromkeys(column)) for column in (table["loss"], keys))
+    fig, axes = panels(len(losses), len(values), **{"height": 2.3, "sharey": True, **options})
+    for place, value in enumerate(values):
+        for ax, loss in zip(axes[place], losses, strict=True):
+            draw(ax, table[(table["loss"] == loss) & (keys == value)])
+            if value in SPLITS or not place:
+                ax.set_title(look(loss).label + (f", {SPLITS[value]}" if value in SPLITS else ""))
+            if place < len(values) - 1:
+                ax.set_xlabel("")
+    fig.suptitle(title)
+    return fig
+
+
+def by_negatives(ax: Axes, table: pd.DataFrame, label: str, levels: pd.DataFrame | None = None) -> Axes:
+    """A number with its interval against the number of negatives, equally spaced: a line per method.
+
+    Solid and filled, a loss; dashed and hollow, the same with DynamicPO, each in its method's colour. Columns: method,
+    negatives, mean, low, high; of ``levels``, what does not depend on negatives: method, mean, low, high.
+    """
+    counts, methods = sorted(table["negatives"].unique()), _present(table)
+    for row in () if levels is None else levels.itertuples():
+        style = look(row.method)
+        dashes = {"sft": "-", "popular": (0, (5, 2))}.get(row.method, ":")
+        ax.axhline(row.mean, color=style.colour, lw=1.1, ls=dashes, label=style.label)
+        ax.axhspan(row.low, row.high, color=style.colour, alpha=0.15, lw=0)
+    for index, method in enumerate(methods):
+        rows = table[table["method"] == method].sort_values("negatives")
+        x = rows["negatives"].map(counts.index) + 0.12 * (index - (len(methods) - 1) / 2)
+        ax.errorbar(x, rows["mean"], _whiskers(rows, "mean"), **_dynamic_style(method))
+    ax.set_xticks(range(len(counts)), counts)
+    ax.set_xlim(-0.4, len(counts) - 0.6)
+    ax.set_xlabel("negatives per prompt")
+    _label_y(ax, label)
+    return ax
+
+
+def _dynamic_style(method: str) -> dict[str, object]:
+    """Marker and line of a loss (solid, filled) or of the same with DynamicPO (dashed, hollow)."""
+    dynamic, colour = method.startswith("dynamic_"), look(method).colour
+    shape = {"marker": "D", "mfc": "white", "ls": (0, (4, 2))} if dynamic else {"marker": "o", "ls": "-"}
+    return {"color": colour, "ms": 4.5, **shape}
+
+
+def dynamic_legend(fig: Figure, columns: int = 5) -> None:
+    """``legend_below``, with what solid and dashed lines mean whatever their colour."""
+    for method, label in (("loss", "loss alone"), ("dynamic_", "with DynamicPO")):
+        fig.axes[0].plot([], [], label=label, **{**_dynamic_style(method), "color": "#444444"})
+    legend_below(fig, columns)
+
+
+def share_curves(ax: Axes, table: pd.DataFrame) -> Axes:
+    """The boundary's share of the negatives and of the gradient (%) against the optimiser step, with a band.
+
+    Columns: quantity (``boundary_share`` or ``gradient_share``), step, mean, low, high.
+    """
+    names = {"boundary_share": "share of the negatives", "gradient_share": "share of the gradient"}
+    for (quantity, name), colour, dashes in zip(names.items(), ("#6E6E6E", "#0072B2"), ("-", (0, (4, 2))), strict=True):
+        rows = table[table["quantity"] == quantity]
+        ax.fill_between(rows["step"], rows["low"], rows["high"], color=colour, alpha=0.2, lw=0)
+        ax.plot(rows["step"], rows["mean"], color=colour, ls=dashes, label=name)
+    ax.set_ylim(0, 100)
+    ax.set_xlabel("optimiser step")
+    _label_y(ax, "the boundary's share (%)")
+    return ax
+
+
+def named_intervals(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
+    """Forest plot with a row per ``name``, in its method's colour: IID test hollow and OOD test filled.
+
+    Columns: name, method, split, mean, low, high, in the unit of ``label``.
+    """
+    names = list(dict.fromkeys(table["name"]))
+    for split, offset, hollow in (("iid_test", -0.14, True), ("ood_test", 0.14, False)):
+        for row in table[table["split"] == split].itertuples():
+            colour, reach = look(row.method).colour, [[max(row.mean - row.low, 0)], [max(row.high - row.mean, 0)]]
+            style = {"fmt": "o", "color": colour, "mfc": "white" if hollow else colour}
+            ax.errorbar(row.mean, names.index(row.name) + offset, xerr=reach, **style)
+        ax.plot([], [], "o", color="#444444", mfc="white" if hollow else "#444444", label=SPLITS[split])
+    _name_rows(ax, names)
+    ax.set_xlabel(label)
     return ax

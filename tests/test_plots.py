@@ -294,3 +294,93 @@ def test_null_histogram_counts_all_draws_and_marks_both_values():
         "expected of these": 0.5,
         "the batch's own memberships": 0.8,
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "base", "label"),
+    [
+        ("dmpo-negatives_per_prompt-15", "dmpo", "DMPO, 15 negatives"),
+        ("dmpo-negatives_per_prompt-1", "dmpo", "DMPO, 1 negative"),
+        ("dynamic_dmpo-alpha-0.0", "dynamic_dmpo", "DynamicPO DMPO, alpha 0.0"),
+        ("causal_dpo-mmd_weight-10.0", "causal_dpo", "CausalDPO, λ 10.0"),
+        ("dpo-learning_rate-1e-05", "dpo", "DPO, learning_rate 1e-05"),
+    ],
+)
+def test_a_swept_method_looks_as_its_method_and_says_its_value(method, base, label):
+    assert plots.look(method)[:2] == plots.look(base)[:2] and plots.look(method).label == label
+
+
+def test_what_only_resembles_a_swept_method_keeps_its_name():
+    assert plots.look("brand_new-beta-1").label == "brand_new-beta-1" and plots.look("dpo-old").label == "dpo-old"
+
+
+def counted():
+    """A number over 1, 3 and 15 negatives of a loss and of the same with DynamicPO."""
+    rows = [
+        {
+            "loss": loss,
+            "split": split,
+            "method": f"{prefix}{loss}",
+            "negatives": n,
+            "mean": n,
+            "low": n - 1,
+            "high": n + 2,
+        }
+        for split in ("iid_test", "ood_test")
+        for loss in ("dmpo", "s_dpo")
+        for prefix in ("", "dynamic_")
+        for n in (15, 1, 3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_numbers_of_negatives_are_equally_spaced_and_ordered():
+    table = counted().query("loss == 'dmpo' and split == 'iid_test'")
+    levels = pd.DataFrame({"method": ["sft", "random"], "mean": [4, 5], "low": [3, 5], "high": [5, 5]})
+    ax = plots.by_negatives(ax_of(plots.panels()), table, "HR@1 (%)", levels)
+    alone, dynamic = (container.lines[0] for container in ax.containers)
+    for line in (alone, dynamic):
+        assert line.get_ydata().tolist() == [1, 3, 15] and np.allclose(np.diff(line.get_xdata()), 1)
+    assert (dynamic.get_xdata() - alone.get_xdata() > 0.05).all()  # the bars do not hide each other
+    assert [alone.get_linestyle(), alone.get_color()] == ["-", plots.look("dmpo").colour]
+    assert dynamic.get_markerfacecolor() == "white" and dynamic.get_color() == plots.look("dynamic_dmpo").colour
+    (bars,) = ax.containers[1].lines[2]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[0, 3], [2, 5], [14, 17]]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "3", "15"]
+    assert ax.get_legend_handles_labels()[1] == ["SFT", "Random"]
+
+
+def test_there_is_a_panel_per_loss_and_split_and_one_legend():
+    fig = plots.by_loss(counted(), lambda ax, rows: plots.by_negatives(ax, rows, "x (%)"), "title", rows="split")
+    plots.dynamic_legend(fig)
+    titles = [f"{loss}, {split}" for split in ("IID test", "OOD test") for loss in ("DMPO", "S-DPO")]
+    assert [ax.get_title() for ax in fig.axes] == titles
+    assert [ax.get_ylabel() for ax in fig.axes] == ["x (%)", "", "x (%)", ""]
+    assert [ax.get_xlabel() for ax in fig.axes] == ["", "", *["negatives per prompt"] * 2]
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["loss alone", "with DynamicPO"]
+    fig = plots.by_loss(counted(), lambda ax, rows: ax.set_xlabel(f"{len(rows)} rows"), "title")
+    assert [(ax.get_title(), ax.get_xlabel()) for ax in fig.axes] == [("DMPO", "12 rows"), ("S-DPO", "12 rows")]
+
+
+def test_shares_have_a_line_and_a_band_each():
+    table = pd.DataFrame({"quantity": ["boundary_share", "gradient_share"] * 2, "step": [1, 1, 2, 2]})
+    table["mean"], table["low"], table["high"] = [10, 40, 12, 30], [9, 38, 11, 29], [11, 41, 14, 33]
+    ax = plots.share_curves(ax_of(plots.panels()), table)
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert drawn == {"share of the negatives": [10, 12], "share of the gradient": [40, 30]}
+    assert [band.get_paths()[0].get_extents().y1 for band in ax.collections] == [14, 41]
+    assert ax.get_ylim() == (0, 100)
+
+
+def test_named_intervals_have_a_row_per_name():
+    table = pd.DataFrame({"name": ["one", "other"] * 2, "method": ["sft", "dmpo"] * 2})
+    table["split"] = ["iid_test"] * 2 + ["ood_test"] * 2
+    table["mean"], table["low"], table["high"] = [20, 21, 15, 16], [19, 20, 14, 15], [22, 23, 17, 18]
+    ax = plots.named_intervals(ax_of(plots.panels()), table, "HR@1 (%)")
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["one", "other"] and ax.get_xlabel() == "HR@1 (%)"
+    points = [container.lines[0] for container in ax.containers]
+    assert [point.get_xdata()[0] for point in points] == [20, 21, 15, 16]
+    assert [round(point.get_ydata()[0]) for point in points] == [0, 1, 0, 1]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [True, True, False, False]
+    assert [point.get_color() for point in points] == [plots.look(m).colour for m in table["method"]]
+    assert ax.get_legend_handles_labels()[1] == ["IID test", "OOD test"]
