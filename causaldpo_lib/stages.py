@@ -431,13 +431,13 @@ def rank(
             found, chosen["strength"] = boosts.boosted(source, ranker, boost, strengths)
         else:
             found = ranked(np.arange(len(examples)))
-        if simulated:
+        if simulated and ranker != "candidates":  # whose metrics are among the candidates
             shares = ranking.catalogue_shares(model, tokenizer, catalogue, texts, batch_size, mixture=mixture)
     predictions = examples[["example", "split", "user", "item"]].rename(columns={"item": "target"})
     predictions = predictions.assign(
         rank=found.rank, target_logp=found.target_logp, items=found.items.tolist(), scores=found.scores.tolist()
     )
-    if shares is not None and simulated:
+    if simulated and shares is not None:
         predictions["catalogue_logps"] = shares.tolist()
     predictions.to_parquet(folder / "predictions.parquet")
     by_split = predictions.groupby("split")
