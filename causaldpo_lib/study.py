@@ -24,13 +24,16 @@ from typing import Any
 from causaldpo_lib import workflow
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.parameters import check, read_yaml, unknown_key
-from causaldpo_lib.paths import PARAMS, RESULTS
+from causaldpo_lib.paths import NOTEBOOKS, PARAMS, RESULTS
 from causaldpo_lib.pipeline import STAGES, declared, folder_name
 from causaldpo_lib.records import shown
 
 # What the layout of a study decides, and no override may.
 LAID_OUT = ("data", "sft", "checkpoint", "dataset", "shift", "split_seed", "seed", "method", "assistant", "run")
-STUDY_KEYS = ("settings", "methods", "sweeps", "comparisons", "seeds", "split_seed", "hyperparameters", *STAGES)
+STUDY_KEYS = (
+    *("settings", "methods", "sweeps", "comparisons", "seeds", "split_seed", "hyperparameters", "notebooks"),
+    *STAGES,
+)
 SETTING_KEYS = ("name", "dataset", "shift", *STAGES)
 METHOD_STAGES = ("sft", "sasrec", "align", "rank")  # what a method may do otherwise
 METHOD_KEYS = ("label", "summary", *METHOD_STAGES, "published")
@@ -80,7 +83,8 @@ class Setting:
 class Study:
     """A study as its file says, checked. One split seed: only training seeds vary, so tests are paired.
 
-    ``comparisons`` are the (method, baseline) pairs that it tests beside the usual ones.
+    ``comparisons`` are the (method, baseline) pairs that it tests beside the usual ones, ``notebooks`` what reads its
+    tables instead of the usual ones.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Study:
     split_seed: int
     overrides: Overrides
     comparisons: tuple[tuple[str, str], ...] = ()
+    notebooks: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -165,7 +170,11 @@ def load_study(name: str | Path) -> Study:
             raise StudyError(f"{source}: {kind} {repeated[0]} is listed twice: list it once")
     comparisons = _comparisons(source, content, methods)
     split_seed = check({"split_seed": 0}, {"split_seed": content.get("split_seed", 0)}, source)["split_seed"]
-    study = Study(path.stem, path, settings, methods, seeds, split_seed, overrides, comparisons)
+    notebooks = tuple(_list(source, content, "notebooks", str)) if "notebooks" in content else ()
+    for notebook in notebooks:
+        if not (NOTEBOOKS / f"{notebook}.ipynb").is_file():
+            raise unknown_key(source, "notebook", notebook, sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+    study = Study(path.stem, path, settings, methods, seeds, split_seed, overrides, comparisons, notebooks)
     made: dict[Path, str] = {}
     for setting in settings:
         other = made.setdefault(_job(study, "data", setting).folder, setting.name)

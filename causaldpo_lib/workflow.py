@@ -48,8 +48,8 @@ REASONS = {
 
 
 def reading(study: Study) -> tuple[str, ...]:
-    """The notebooks that read a study's tables."""
-    return DATA_READING if study.data_only else READING
+    """The notebooks that read a study's tables: those that its file names, else the usual ones."""
+    return study.notebooks or (DATA_READING if study.data_only else READING)
 
 
 def tables_of(study: Study) -> tuple[str, ...]:
@@ -143,8 +143,7 @@ def _cost(study: Study, steps: list[Step], cores: int, threads: int) -> str:
     from causaldpo_lib.study import jobs  # which imports this module
 
     every, labels = jobs(study), {step.label for step in steps}
-    laid_out = {job.folder: job for job in every}.values()  # Snakemake's choice where jobs share a folder: the last
-    left = [job for job in laid_out if job.label in labels]
+    left = [job for job in every if job.label in labels]  # of jobs that share a folder, one gives its label to the step
     if not left:
         return ""
     return costs.sentence(costs.estimate(left, costs.known_costs(every, study.name)), cores, threads)

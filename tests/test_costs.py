@@ -79,7 +79,7 @@ def seconds_of(known):
 
 def test_a_row_is_the_median_of_the_finished_seeds_under_the_study_s_name_of_the_setting(folders):
     found = jobs(study(folders, settings=[{**QUICK["settings"][0], "name": "mine"}], seeds=[1, 2, 3, 4]))
-    for seed, seconds in ((1, 10.0), (2, 50.0), (3, 30.0)):
+    for seed, seconds in ((1, 10.0), (2, 80.0), (3, 30.0)):
         finish(named(found, f"align dpo seed {seed}"), seconds)
     finish(named(found, "sft seed 2"), 7.5, device="NVIDIA H100")
     (named(found, "sft seed 1").folder).mkdir()
@@ -140,7 +140,7 @@ def test_what_is_written_is_what_is_read(folders):
 
 def test_a_run_without_a_time_or_with_a_damaged_summary_is_passed_over(folders):
     found = jobs(study(folders))
-    for seed, text in ((1, "{}"), (2, "{ not json")):
+    for seed, text in ((1, json.dumps({"stage": "sft"})), (2, "{ not json")):
         folder = named(found, f"sft seed {seed}").folder
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(text)
@@ -172,6 +172,7 @@ def test_a_time_comes_from_the_nearest_runs_that_have_one(folders, monkeypatch):
     for kept, seconds, known in ((5, 1.0, 1), (4, 20.0, 0), (2, 100.0, 0), (1, 1000.0, 0)):
         found = costs.estimate([job], table((HERE, "rank", "dpo", 5e6), *rows[:kept]))
         assert (found.seconds, found.known, found.guessed, found.unknown) == (seconds, known, 1 - known, 0)
+        assert found.sources == (("a.csv",) if known else ())
     found = costs.estimate([job], table((HERE, "rank", "dpo", 5e6)))
     assert (found.seconds, found.known, found.guessed, found.unknown) == (0.0, 0, 0, 1)
     monkeypatch.setattr(costs, "BESIDE", 4.0)
@@ -184,8 +185,11 @@ def test_settings_of_a_study_count_by_their_names(folders):
     found = [job for job in jobs(study(folders, settings=settings)) if job.stage == "data"]
     both = costs.estimate(found, table(("weak", "data", "", 1.0), ("strong", "data", "", 100.0)))
     assert (both.seconds, both.known) == (101.0, 2)
-    one = costs.estimate(found, table(("weak", "data", "", 1.0), (HERE, "data", costs.ELSE, 7.0)))
+    elsewhere = [("simulated-iid", "data", "", 5e6), ("yelp-iid", "data", "", 6e6)]
+    one = costs.estimate(found, table(("weak", "data", "", 1.0), (HERE, "data", costs.ELSE, 7.0), *elsewhere))
     assert (one.seconds, one.known, one.guessed) == (8.0, 1, 1)
+    none = costs.estimate(found[1:], table(("strong", "data", costs.ELSE, 9.0), *elsewhere))
+    assert (none.seconds, none.known, none.guessed) == (9.0, 0, 1)
 
 
 def test_runs_that_wait_for_each_other_cannot_share_the_time(folders):

@@ -252,12 +252,18 @@ def test_comparisons_are_pairs_of_the_study(tmp_path):
     assert loaded.comparisons == (("dpo", "s_dpo"),)
 
 
+def test_a_study_may_name_the_notebooks_that_read_it(tmp_path):
+    assert workflow.reading(written(tmp_path, notebooks=["13_dynamicpo"])) == ("13_dynamicpo",)
+    assert workflow.reading(load_study("quick")) == workflow.READING
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"hyperparameters": "publsihed"}, "unknown hyperparameters 'publsihed'"),
         ({"comparisons": [["dpo", "ipo"]]}, "unknown compared method 'ipo'"),
         ({"comparisons": ["dpo"]}, "comparison 'dpo' is no pair"),
+        ({"notebooks": ["8_results_tables"]}, "unknown notebook '8_results_tables'"),
         ({"sweeps": [{"method": "dpo"}]}, "sweep 1: key 'stage' is missing"),
         ({"sweeps": [{"method": "ipo", "stage": "align", "key": "k", "values": [1]}]}, "unknown method 'ipo'"),
         ({"sweeps": [{"method": "dpo", "stage": "algin", "key": "k", "values": [1]}]}, "unknown stage 'algin'"),
