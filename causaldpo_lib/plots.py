@@ -762,7 +762,7 @@ def share_curves(ax: Axes, table: pd.DataFrame) -> Axes:
         ax.plot(rows["step"], rows["mean"], color=colour, ls=dashes, label=name)
     ax.set_ylim(0, 100)
     ax.set_xlabel("optimiser step")
-    _label_y(ax, "the boundary's share (%)")
+    _label_y(ax, "boundary's share (%)")
     return ax
 
 

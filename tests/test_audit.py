@@ -58,7 +58,7 @@ def test_every_published_table_is_described(accuracy):
     readme = (audit.PUBLISHED / "README.md").read_text("utf8")
     for file in audit.PUBLISHED.glob("*.csv"):
         assert f"`{file.name}`" in readme and len(audit.published(file.stem))
-    with pytest.raises(StudyError, match="choose from accuracy, claims, datasets, seconds"):
+    with pytest.raises(StudyError, match="choose from accuracy, claims, datasets, dynamicpo, seconds"):
         audit.published("table1")
 
 
