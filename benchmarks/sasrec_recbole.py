@@ -15,7 +15,8 @@ RecBole 1.2.1 needs older packages, so it lives in an environment of its own (Py
 
 ``python -m benchmarks.sasrec_recbole --data FOLDER``, where the folder is a finished data run of a study
 (``results/runs/*/data-*``), trains ours, and in that other environment RecBole's, and adds what it finds to
-``results/bench/sasrec.json``: aggregates only. One thread; a minute per model and seed, `recbole_default` two.
+``results/bench/sasrec.json``: aggregates only, replacing those of other data. One thread; a minute per model and seed,
+`recbole_default` two.
 """
 
 from __future__ import annotations
@@ -155,9 +156,11 @@ def main(argv: list[str] | None = None) -> None:
             name: lambda seed, feed_forward=feed_forward: theirs(items, examples, seed, feed_forward)
             for name, feed_forward in FEED_FORWARDS.items()
         }
-    record = read_json(options.output) if options.output.exists() else {"models": {}}
-    record |= {"setting": read_json(options.data / "config.json")["setting"], "shape": SHAPE, "training": TRAINING}
-    record |= {"items": len(items), "examples": {name: len(part) for name, part in examples.items()}}
+    task = {"data": options.data.name, "shape": SHAPE, "training": TRAINING}  # a data run's name tells its parameters
+    record = read_json(options.output) if options.output.exists() else {}
+    if any(record.get(key) != value for key, value in task.items()):  # nothing to compare with
+        counts = {name: len(part) for name, part in examples.items()}
+        record = {**task, "items": len(items), "examples": counts, "models": {}}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for seed, (model, train) in itertools.product(options.seeds, models.items()):
         start = time.perf_counter()

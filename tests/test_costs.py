@@ -254,6 +254,7 @@ def test_a_plan_ends_with_the_cost_of_what_is_left(folders, monkeypatch, capsys)
     mine = study(folders)
     found = jobs(mine)
     publish(folders, "mine", (HERE, "align", "dpo", 600.0), (HERE, "rank", "dpo", 60.0), (HERE, "sft", "", 6e6))
+    publish(folders, "another", (HERE, "align", "dpo", 5e6))
     left = [named(found, "align dpo seed 2").label, named(found, "rank dpo seed 2").label, "tables of mine"]
     monkeypatch.setattr(workflow, "plan", lambda study: steps(*left))
     monkeypatch.setattr(workflow, "machine_cores", lambda: 3)
@@ -290,17 +291,19 @@ def test_runs_that_share_a_folder_are_one_run(folders, monkeypatch, capsys):
 
 def test_a_run_says_its_cost_before_it_starts(folders, monkeypatch, capsys):
     mine = study(folders)
-    publish(folders, "mine", (HERE, "data", "", 1200.0))
+    found = jobs(mine)
+    labels = [named(found, f"sft seed {seed}").label for seed in (1, 2)]
+    publish(folders, "mine", (HERE, "sft", "", 600.0))
 
     def execute(*_):
         print("working")
         return [("data", "  error: enough")]
 
     monkeypatch.setattr(workflow, "RESULTS", folders / "results")
-    monkeypatch.setattr(workflow, "plan", lambda study: steps(f"data ({HERE})"))
+    monkeypatch.setattr(workflow, "plan", lambda study: steps(*labels))
     monkeypatch.setattr(workflow, "_execute", execute)
     with pytest.raises(StudyError, match="1 step of study mine failed"):
-        workflow.run(mine, cores=4, threads=2)
+        workflow.run(mine, cores=4, threads=4)
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("estimated 20 min on 4 cores (1 run; times of 1 known from ")
+    assert first.startswith("estimated 20 min on 4 cores (2 runs; times of 2 known from ")
     assert second == "working"

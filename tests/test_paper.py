@@ -1,6 +1,7 @@
 """The paper's own setting, as a lab with GPUs would run it: its plan, and its notebooks with a small random Llama."""
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -64,6 +65,6 @@ def test_its_notebooks_run_with_a_small_model_of_its_architecture(tmp_path, monk
         table = pd.read_parquet(run(last) / "predictions.parquet")
         assert set(table["split"]) == {"validation", "iid_test", "ood_test"}
         assert all(len(set(items)) == 20 for items in table["items"])
-    [aligned] = [place for place in places.values() if place.name.startswith("causal_dpo")]
+    [aligned] = [place for place in places.values() if re.fullmatch(r"causal_dpo-s1-\w+", place.name)]
     recorded = json.loads((aligned / "summary.json").read_text())["parameters"]
     assert (recorded["lora_rank"], recorded["loss_options"]["beta"], recorded["mmd_weight"]) == (8, 2.0, 0.001)

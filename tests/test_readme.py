@@ -12,8 +12,9 @@ from causaldpo_lib.paths import FIGURES, ROOT
 
 def test_readme_is_what_the_tracked_tables_give():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.filled(text, FIGURES) == text, "run `make publish STUDY=ml-100k`"
-    assert "<!-- ml-100k claims -->\n|" in text and "<!-- ml-100k results -->\n**" in text
+    assert readme.filled(text, FIGURES) == text, "run `make publish STUDY=baselines`"
+    for part, start in (("claims", "|"), ("hypotheses", "|"), ("ood", "**")):
+        assert f"<!-- baselines {part} -->\n{start}" in text
 
 
 def test_parts_are_filled_from_tables_and_unfinished_studies_left_alone(tmp_path):

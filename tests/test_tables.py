@@ -277,7 +277,8 @@ def test_an_empty_table_keeps_its_columns(one_setting, tmp_path):
     found = tables.collect_jobs(one_setting)
     assert found["validation"].empty
     for name, table in found.items():
-        assert name not in tables.LATER or list(table) == tables.LATER[name]
+        columns = tables.LATER.get(name, [])
+        assert list(table)[: len(columns)] == columns  # training curves have more
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     assert tables.read(tmp_path)["validation"].empty
 
