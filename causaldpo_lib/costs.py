@@ -108,7 +108,7 @@ def sentence(found: Estimate, cores: int, threads: int = 1) -> str:
     minutes = max(1, round(max(found.seconds / max(1, cores // threads), found.longest) / 60))
     clock = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
     known = f"; times of {found.known} known from {' and '.join(found.sources)}" if found.known else ""
-    guessed = f"; {found.guessed} guessed from other runs of their stage" if found.guessed else ""
+    guessed = f"; {found.guessed} guessed from other runs of their stage, whatever their model" if found.guessed else ""
     unknown = f"; {found.unknown} of unknown time left out" if found.unknown else ""
     basis = f"{_count(found.runs, 'run')}{known}{guessed}{unknown}; measured on {' and '.join(found.devices)}"
     return f"estimated {clock} on {_count(cores, 'core')} ({basis})"

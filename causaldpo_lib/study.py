@@ -402,8 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a study, or what is missing of it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.study", description=main.__doc__)
     parser.add_argument("name", help="a file of params/studies (without .yaml), or a path")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--cores", type=int, default=cores, help="cores to use in all (%(default)s)")
+    parser.add_argument("--cores", type=int, default=workflow.machine_cores(), help="cores to use in all (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (%(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="list what would run, and why")
     parser.add_argument("--publish", action="store_true", help="copy to figures/, re-execute all notebooks")
@@ -411,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         study = load_study(options.name)
         if options.dry_run:
-            workflow.show_plan(study)
+            workflow.show_plan(study, options.cores, options.threads)
         elif options.publish:
             workflow.publish(study)
         else:

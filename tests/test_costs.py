@@ -227,11 +227,12 @@ FOUND = costs.Estimate(6720.0, 60.0, 312, 312, 0, 0, ("figures/baselines/costs.c
         (
             {"known": 208, "guessed": 80, "unknown": 24, "devices": ("NVIDIA H100", "cpu"), "sources": ("a.csv",)},
             "estimated 56 min on 2 cores (312 runs; times of 208 known from a.csv; 80 guessed from other runs of their"
-            " stage; 24 of unknown time left out; measured on NVIDIA H100 and cpu)",
+            " stage, whatever their model; 24 of unknown time left out; measured on NVIDIA H100 and cpu)",
         ),
         (
             {"known": 0, "guessed": 312, "sources": (), "seconds": 8.0, "longest": 1.0},
-            "estimated 1 min on 2 cores (312 runs; 312 guessed from other runs of their stage; measured on cpu)",
+            "estimated 1 min on 2 cores (312 runs; 312 guessed from other runs of their stage, whatever their model;"
+            " measured on cpu)",
         ),
         (
             {"known": 0, "unknown": 312, "seconds": 0.0, "longest": 0.0, "sources": (), "devices": ()},
