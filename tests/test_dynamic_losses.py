@@ -14,6 +14,7 @@ from test_losses import RAGGED, drawn, toy
 
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.losses import (
+    SELECTIONS,
     LogProbs,
     boundary_betas,
     boundary_negatives,
@@ -227,3 +228,48 @@ def test_equal_values_share_a_cluster_in_any_order():
     for order in itertools.permutations(range(4)):
         log_probs = without_violations([[values[j] for j in order]])
         assert boundary_negatives(log_probs)[0].tolist() == [values[j] == -6.0 for j in order]
+
+
+# --- controls ---
+
+
+@pytest.mark.parametrize("mask", [None, RAGGED], ids=["all", "ragged"])
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_all_negatives_with_one_beta_are_the_loss_alone(name, mask):
+    batch = toy() if mask is None else replace(toy(), rejected_mask=mask)
+    base = {} if name == "dynamic_mppo" else {"beta": 1.0}
+    found = example_losses(name, batch, selection="all", alpha=0.0)
+    torch.testing.assert_close(found, example_losses(name.removeprefix("dynamic_"), batch, **base))
+    assert not torch.allclose(found, example_losses(name, batch, alpha=0.0))  # the boundary is another selection
+
+
+def test_random_negatives_are_as_many_as_the_boundary_and_any_of_the_rejected():
+    rejected, mask = torch.tensor([[-6.0, -6.3, -9.0, -9.2, -12.0, -6.1]]), torch.tensor([[True] * 5 + [False]])
+    batch = LogProbs(torch.tensor([-5.0]), rejected, rejected_mask=mask)
+    size = boundary_negatives(batch).sum(-1)
+    assert size.tolist() == [2]
+    generator, counts = torch.Generator().manual_seed(0), torch.zeros(6)
+    for _ in range(2000):
+        chosen = SELECTIONS["random"](batch, generator)
+        assert chosen.sum(-1).equal(size) and not (chosen & ~mask).any()
+        counts += chosen[0]
+    assert (counts / 2000).tolist() == pytest.approx([2 / 5] * 5 + [0.0], abs=0.05)
+    again = [SELECTIONS["random"](batch, torch.Generator().manual_seed(5)) for _ in range(2)]
+    assert again[0].equal(again[1])
+
+
+@pytest.mark.parametrize(
+    ("selection", "sentence"), [("random", "give a generator"), ("rndom", "unknown selection of negatives 'rndom'")]
+)
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_selection_that_cannot_be_made_is_refused(name, selection, sentence):
+    with pytest.raises(StudyError, match=sentence):
+        example_losses(name, toy(), selection=selection)
+
+
+@pytest.mark.parametrize("name", ["dmpo", "s_dpo", "mppo"])
+def test_losses_alone_report_what_the_boundary_is_and_gets(name):
+    """Of the loss itself, with its own hyper-parameters: what DynamicPO says is lost."""
+    metrics, boundary = preference_loss(name, toy())[1], boundary_negatives(toy())
+    assert metrics["boundary_share"] == pytest.approx(boundary.double().mean().item())
+    assert metrics["gradient_share"] == pytest.approx(gradient_share(name, toy(), boundary).mean().item())

@@ -264,6 +264,7 @@ def test_a_study_may_name_the_notebooks_that_read_it(tmp_path):
         ({"comparisons": [["dpo", "ipo"]]}, "unknown compared method 'ipo'"),
         ({"comparisons": ["dpo"]}, "comparison 'dpo' is no pair"),
         ({"notebooks": ["8_results_tables"]}, "unknown notebook '8_results_tables'"),
+        ({"sweeps": ["dpo"]}, "sweeps is .*: give a list of one or more dict values"),
         ({"sweeps": [{"method": "dpo"}]}, "sweep 1: key 'stage' is missing"),
         ({"sweeps": [{"method": "ipo", "stage": "align", "key": "k", "values": [1]}]}, "unknown method 'ipo'"),
         ({"sweeps": [{"method": "dpo", "stage": "algin", "key": "k", "values": [1]}]}, "unknown stage 'algin'"),
