@@ -161,7 +161,7 @@ def load_study(name: str | Path) -> Study:
     if not data_only:
         methods = tuple(load_method(method, hyperparameters) for method in _list(source, content, "methods", str))
         bases = {method.name: method for method in methods}
-        sweeps = _list(source, content, "sweeps", dict) if "sweeps" in content else []
+        sweeps = _list(source, content, "sweeps", dict) if content.get("sweeps", []) != [] else []
         for number, entry in enumerate(sweeps, 1):
             methods += tuple(_swept(f"{source}, sweep {number}", entry, bases))
     named = {"setting": [s.name for s in settings], "method": [m.name for m in methods], "seed": seeds}
