@@ -29,7 +29,7 @@ endef
 export REPORT
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test lab bench publish
+.PHONY: help setup study test lab bench book publish
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(PYTHON) -c "$$CHECK_PYTHON" && $(PYTHON) -m venv --clear .venv; \
 	fi
 	@echo "Installing the pinned packages into .venv: some minutes the first time ..."
-	@$(RUN) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,pipeline,embedding]'
+	@$(RUN) -m pip install -q --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test,pipeline,embedding,book]'
 	@touch $@
 
 study: $(STAMP) ## run a study end to end, or what is missing of it (STUDY=ml-100k, CORES=4)
@@ -63,6 +63,10 @@ lab: $(STAMP) ## JupyterLab in notebooks/
 
 bench: $(STAMP) ## the benchmarks: a table here, json in results/bench/
 	$(RUN) -m benchmarks.run
+
+book: $(STAMP) ## all notebooks as linked HTML pages in results/book/html; executes nothing, needs no network
+	$(RUN) -m sphinx -n -W --keep-going -q -b html -d results/book/doctrees -c book . results/book/html
+	@echo "Open results/book/html/index.html"
 
 publish: $(STAMP) ## copy a finished study's tables and figures to figures/, renew README and notebooks (STUDY=ml-100k)
 	$(RUN) -m causaldpo_lib.study $(STUDY) --publish

@@ -26,7 +26,7 @@ MACHINE_PATH = re.compile(
     r"|\b[A-Za-z]:\\{1,2}Users\\"
     r"|/tmp/ipykernel_\d"  # in outputs: a kernel's process number
 )
-TARGETS = {"help", "setup", "study", "test", "lab", "bench", "publish"}
+TARGETS = {"help", "setup", "study", "test", "lab", "bench", "book", "publish"}
 
 
 def git_files() -> list[Path] | None:
