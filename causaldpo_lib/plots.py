@@ -6,7 +6,8 @@ one panel shows; the notebook writes the same table beside the image with ``save
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -69,6 +70,10 @@ SWEPT = {
     "iterations": "{} iterations",
     "backbone": "backbone {}",
     "negatives_tempering": "tempering {}",
+    "learning_rate": "learning rate {}",
+    "output": "output {}",
+    "mmd_estimator": "estimator {}",
+    "membership_gradient": "gradient {}",
 }
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods added later, by name
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
@@ -84,6 +89,7 @@ NATS = ("target_logp", "causal_KL")
 POINTS = {
     "environment": "inferred environment",
     "true_environment": "true environment",
+    "period": "period of the choice",
     "group": "popularity of the history",
 }
 GROUPINGS = {
@@ -264,8 +270,8 @@ def group_shares(ax: Axes, shares: pd.DataFrame) -> Axes:
     return ax
 
 
-def group_ndcg(ax: Axes, groups: pd.DataFrame) -> Axes:
-    """Points with intervals: NDCG@10 (%) of the examples whose target is in each popularity group, by method.
+def group_ndcg(ax: Axes, groups: pd.DataFrame, label: str = "group of the target") -> Axes:
+    """Points with intervals: NDCG@10 (%) of the examples whose target is in each group or period, by method.
 
     Columns: group, method, mean (fraction), low, high, examples (in the group, shown under its name).
     """
@@ -287,7 +293,7 @@ def group_ndcg(ax: Axes, groups: pd.DataFrame) -> Axes:
         )
     sizes = groups.groupby("group")["examples"].first()
     ax.set_xticks(range(len(names)), [f"{name}\n{sizes[name]:,}" for name in names])
-    ax.set_xlabel("group of the target, number of test examples")
+    ax.set_xlabel(f"{label}, number of test examples")
     _label_y(ax, "NDCG@10 (%)")
     ax.axhline(0, color="black", lw=0.9)  # in view; a fixed limit would cut panels that share the axis
     ax.grid(axis="x", visible=False)
@@ -414,11 +420,11 @@ def paper_and_replication(ax: Axes, rows: pd.DataFrame) -> Axes:
 def umap_points(ax: Axes, points: pd.DataFrame, by: str) -> Axes:
     """Scatter of projected prompt states coloured by ``by``; axes have no unit, only neighbourhoods count.
 
-    Columns: umap_x, umap_y and ``by``. Popularity groups get an ordered colour scale, everything else a
+    Columns: umap_x, umap_y and ``by``. Popularity groups and periods get an ordered colour scale, everything else a
     palette; the value -1 (no cluster) is light grey.
     """
     values = sorted(points[by].unique())
-    ordered = by == "group"
+    ordered = by in ("group", "period")
     for index, value in enumerate(values):
         rows = points[points[by] == value]
         if value in (-1, "-1"):
@@ -436,6 +442,18 @@ def umap_points(ax: Axes, points: pd.DataFrame, by: str) -> Axes:
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 3}
     ax.legend(**place, markerscale=2, columnspacing=0.8, handletextpad=0.1)
     return ax
+
+
+def umap_maps(points: pd.DataFrame, title: str) -> Figure:
+    """The map coloured by each of ``POINTS`` that the table has, two panels a row."""
+    colours = [by for by in POINTS if by in points]
+    fig, axes = panels(2, (len(colours) + 1) // 2, height=3.2, sharey=True)
+    for ax, by in zip(axes.flat, colours, strict=False):
+        umap_points(ax, points, by)
+    for ax in axes.flat[len(colours) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
+    return fig
 
 
 def training_curves(ax: Axes, log: pd.DataFrame, column: str, label: str | None = None) -> Axes:
@@ -780,4 +798,417 @@ def named_intervals(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
         ax.plot([], [], "o", color="#444444", mfc="white" if hollow else "#444444", label=SPLITS[split])
     _name_rows(ax, names)
     ax.set_xlabel(label)
+    return ax
+
+
+# --- Amplification over settings (notebook 06) ---
+
+
+def share_changes(table: pd.DataFrame, label: str, title: str) -> Figure:
+    """Forest plots side by side, one per comparison: its difference in every setting, IID hollow and OOD filled.
+
+    Columns: name (of the comparison), method, setting, split, mean, low, high, in the unit of ``label``.
+    """
+    names, places = (list(dict.fromkeys(table[column])) for column in ("name", "setting"))
+    fig, axes = panels(len(names), height=max(2.2, 1.3 + 0.34 * len(places)), sharex=True, sharey=True)
+    for ax, name in zip(axes.flat, names, strict=True):
+        rows = table[table["name"] == name].assign(name=table["setting"])
+        missing = rows.iloc[:0].reindex(range(len(places))).assign(name=places)  # every setting keeps its row
+        named_intervals(ax, pd.concat([missing, rows]), label)
+        ax.set_title(name.replace(" − ", "\n− "), fontsize="small")
+        ax.axvline(0, color="black", lw=0.9)
+        ax.locator_params(axis="x", nbins=3)
+        ax.set_xlabel(label if name == names[len(names) // 2] else "", fontsize="small")
+    axes[0, 0].tick_params(axis="y", labelsize="small")
+    fig.suptitle(title)
+    legend_below(fig)
+    return fig
+
+
+# --- Ablations (notebook 15) ---
+
+
+def metric_grid(
+    table: pd.DataFrame,
+    levels: pd.DataFrame,
+    draw: Callable[[Axes, pd.DataFrame, pd.DataFrame], Axes],
+    title: str,
+    by: tuple[str, str],
+    height: float,
+) -> Figure:
+    """A panel per value of two columns, ``by`` rows and columns, each drawn by ``draw(ax, its rows, its levels)``.
+
+    Columns of both tables: metric, split, label (of the metric) and what ``draw`` asks for. The metric's axis is shared
+    by no two panels: levels differ between tests.
+    """
+    downs, acrosses = (list(dict.fromkeys(table[column])) for column in by)
+    fig, axes = panels(len(acrosses), len(downs), height=height)
+    for place, down in enumerate(downs):
+        for ax, across in zip(axes[place], acrosses, strict=True):
+            parts = [rows[(rows[by[0]] == down) & (rows[by[1]] == across)] for rows in (table, levels)]
+            draw(ax, *parts)
+            split = down if by[0] == "split" else across
+            if by[0] == "split" or not place:
+                ax.set_title(SPLITS.get(split, split), fontsize=9.5)
+            if by[0] == "metric" and place < len(downs) - 1:
+                ax.set(xlabel="", xticklabels=[])
+            if ax is not axes[place, 0]:
+                ax.set_ylabel("")
+                if by[0] == "split":
+                    ax.set_yticklabels([])
+    fig.suptitle(title, fontsize=11)
+    legend_below(fig, 3)
+    return fig
+
+
+def reference_levels(ax: Axes, levels: pd.DataFrame, upright: bool = False) -> None:
+    """What other methods reach, as lines, the shuffled control with its interval as a band behind everything.
+
+    ``upright`` is for a horizontal scale. Columns: method, mean, low, high.
+    """
+    dashes = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
+    line, band = (ax.axvline, ax.axvspan) if upright else (ax.axhline, ax.axhspan)
+    for dash, row in zip(dashes, levels.itertuples(), strict=False):
+        style = look(row.method)
+        line(row.mean, color=style.colour, lw=1.1, ls=dash, zorder=1.5, label=f"{style.label} (level)")
+        if row.method == "shuffled":
+            band(row.low, row.high, color=style.colour, alpha=0.13, lw=0, zorder=0.5)
+
+
+def value_paths(ax: Axes, table: pd.DataFrame, label: str, levels: pd.DataFrame, log: bool = False) -> Axes:
+    """A number with its interval along the values of a parameter: a line per method, ``levels`` behind.
+
+    Columns: method, value, label (of the vertical axis), mean, low, high. Values are equally spaced, or by their
+    logarithm with ``log``; 0 then stands apart, left of a dotted line, and is not joined to the others.
+    """
+    reference_levels(ax, levels)
+    values, methods = sorted(table["value"].unique()), _present(table)
+    zero = log and values[0] == 0
+    if log:
+        logs = np.log10(values[1:] if zero else values)
+        gap = max((logs[-1] - logs[0]) / max(len(logs) - 1, 1), 0.3)
+        places = [*([logs[0] - gap] if zero else []), *logs]
+    else:
+        places = list(range(len(values)))
+    if zero:
+        ax.axvline((places[0] + places[1]) / 2, color="#6E6E6E", lw=0.9, ls=":")
+    span = max(places[-1] - places[0], 1e-9)
+    apart = 0.012 * span * table["value"].duplicated().any()  # only where whiskers would hide each other
+    for index, method in enumerate(methods):
+        rows = table[table["method"] == method].sort_values("value")
+        style = look(method)
+        x = rows["value"].map(dict(zip(values, places, strict=True))) + apart * (2 * index - len(methods) + 1)
+        own = {"color": style.colour, "marker": style.marker, "label": style.label}
+        ax.errorbar(x, rows["mean"], _whiskers(rows, "mean"), **own)
+    ax.set_xticks(places, [f"{value:g}" for value in values])
+    ax.set_xlim(places[0] - 0.1 * span, places[-1] + 0.1 * span)
+    ax.set_xlabel(label)
+    ax.set_ylabel(table["label"].iloc[0])
+    return ax
+
+
+def variant_intervals(ax: Axes, table: pd.DataFrame, levels: pd.DataFrame) -> Axes:
+    """Forest plot with a row per ``name``, in its method's colour and marker, ``levels`` behind.
+
+    Columns: name, method, label (of the horizontal axis), mean, low, high.
+    """
+    reference_levels(ax, levels, upright=True)
+    for position, row in enumerate(table.itertuples()):
+        style, reach = look(row.method), [[max(row.mean - row.low, 0)], [max(row.high - row.mean, 0)]]
+        ax.errorbar(row.mean, position, xerr=reach, fmt=style.marker, color=style.colour)
+    _name_rows(ax, list(table["name"]))
+    ax.set_xlabel(table["label"].iloc[0])
+    return ax
+
+
+def mean_ranges(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
+    """From the lowest to the highest mean of each row; what reaches the highest is written beside it.
+
+    Columns: name, method, low, high, in the unit of ``label``.
+    """
+    for position, row in enumerate(table.itertuples()):
+        ax.plot([row.low, row.high], [position] * 2, "|-", color="#0072B2", lw=3, ms=9, solid_capstyle="butt")
+        ax.annotate(
+            look(row.method).label,
+            (row.high, position),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    _name_rows(ax, list(table["name"]))
+    ax.margins(x=0.35)
+    ax.set_xlabel(label)
+    return ax
+
+
+# --- Theory (notebook 18) ---
+
+
+def case_lines(ax: Axes, table: pd.DataFrame, x: str, y: str) -> Axes:
+    """One quantity against another, a line per case; later cases are thinner, so that one on another shows both.
+
+    Columns: case, ``x``, ``y``.
+    """
+    cases = list(dict.fromkeys(table["case"]))
+    colours, dashes = (*PALETTE, "#000000"), ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+    for index, case in enumerate(cases):
+        rows = table[table["case"] == case]
+        width = 3.4 - 2.2 * index / max(len(cases) - 1, 1)
+        ax.plot(rows[x], rows[y], color=colours[index % len(colours)], ls=dashes[index % 4], lw=width, label=case)
+    return ax
+
+
+def adjustment_points(ax: Axes, table: pd.DataFrame) -> Axes:
+    """A probability per input by several estimates: a marker each, with its interval, or an interval alone.
+
+    Columns: estimate, input, value (NaN: none), low, high.
+    """
+    names = list(dict.fromkeys(table["estimate"]))
+    for index, name in enumerate(names):
+        rows = table[table["estimate"] == name]
+        x = rows["input"] + 0.1 * (index - (len(names) - 1) / 2)
+        style = {"color": PALETTE[index % len(PALETTE)], "marker": "osD^vPX"[index % 7], "ls": "none", "label": name}
+        if rows["value"].isna().all():
+            ax.errorbar(x, (rows["low"] + rows["high"]) / 2, (rows["high"] - rows["low"]) / 2, **style | {"marker": ""})
+        else:
+            ax.errorbar(x, rows["value"], _whiskers(rows, "value"), **style)
+    ax.set_xticks(sorted(table["input"].unique()))
+    ax.set(xlabel="input x", ylabel="probability of y = 1", ylim=(0, 1))
+    ax.grid(axis="x", visible=False)
+    return ax
+
+
+# --- Verdicts (notebook 19) ---
+
+RESULT_COLOURS = {
+    "reproduced": "#0072B2",
+    "equivalent": "#6E6E6E",
+    "not detected": "#D9D9D9",
+    "contradicted": "#D55E00",
+}
+
+
+def result_bars(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Stacked bars: a row per statement, its tests by result (%), their number at the end.
+
+    Columns: statement, tests, and a count per result of ``RESULT_COLOURS``. Statements without tests have an empty row.
+    """
+    total, left = table["tests"].to_numpy(float), np.zeros(len(table))
+    for result, colour in RESULT_COLOURS.items():
+        share = 100 * np.divide(table[result], total, out=np.zeros_like(total), where=total > 0)
+        ax.barh(range(len(table)), share, left=left, color=colour, height=0.7, label=result)
+        left = left + share
+    for place, tests in enumerate(table["tests"]):
+        ax.text(102, place, f"{tests}" if tests else "no test here", va="center", fontsize="x-small")
+    ax.set_yticks(range(len(table)), [textwrap.fill(text, 52) for text in table["statement"]], fontsize="x-small")
+    ax.invert_yaxis()
+    ax.set(xlim=(0, 122), xlabel="tests with each result (%), and their number", xticks=range(0, 101, 25))
+    ax.grid(axis="y", visible=False)
+    return ax
+
+
+# --- Recovery of environments (notebook 14) ---
+
+
+def by_column(
+    table: pd.DataFrame, column: str, draw: Draw, title: str, across: int = 3, legend: int = 3, **options: object
+) -> Figure:
+    """A panel per value of ``column``, ``across`` in a row, each drawn by ``draw(ax, its rows)``.
+
+    The panels share one scale; the legend stands below, in ``legend`` columns. ``options``: of ``panels``.
+    """
+    names = list(dict.fromkeys(table[column]))
+    rows = -(-len(names) // across)
+    fig, axes = panels(min(across, len(names)), rows, **{"height": 2.3, "sharey": True, **options})
+    for ax, name in zip(axes.flat, names, strict=False):
+        draw(ax, table[table[column] == name])
+        ax.set_title(str(name), fontsize=9)
+    for ax in axes.flat[len(names) :]:
+        ax.set_axis_off()
+    fig.suptitle(title)
+    legend_below(fig, legend)
+    return fig
+
+
+def _series_style(place: int) -> dict[str, object]:
+    """Colour and marker of the series at a place."""
+    return {"color": PALETTE[place % len(PALETTE)], "marker": "oDs^vPX"[place % 7], "ls": "none", "ms": 4.5, "mew": 0.6}
+
+
+def seed_columns(ax: Axes, table: pd.DataFrame, x: str, value: str, by: str, label: str, series: Sequence[str]) -> Axes:
+    """A number at each value of ``x``, equally spaced: a point per run, a colour, marker and place per ``by``.
+
+    Columns: ``x``, ``value``, ``by`` and null, drawn as a grey dash: what chance stays below in 95 % of the cases.
+    ``series``: all values of ``by`` in any panel, so that they look the same in each.
+    """
+    places = sorted(table[x].unique())
+    step = 0.8 / max(len(series), 1)
+    for index, name in enumerate(series):
+        rows = table[table[by] == name]
+        at = rows[x].map(places.index) - 0.4 + (index + 0.5) * step
+        ax.hlines(rows["null"], at - 0.45 * step, at + 0.45 * step, color="#9A9A9A", lw=1.4)
+        ax.plot(at, rows[value], label=name, mec="white", **_series_style(index))
+    ax.plot([], [], color="#9A9A9A", lw=1.4, label="95 % of chance below")
+    ax.axhline(0, color="black", lw=0.9)
+    ax.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+    ax.set_xlim(-0.55, len(places) - 0.45)
+    ax.grid(axis="x", visible=False)
+    _label_y(ax, label)
+    return ax
+
+
+def seed_rows(ax: Axes, table: pd.DataFrame, row: str, value: str, by: str, label: str) -> Axes:
+    """A number in rows: a point per run, a row per value of ``row``, a colour and marker per value of ``by``.
+
+    Columns: ``row``, ``value``, ``by``; rows and series stand in the table's order.
+    """
+    rows, series = (list(dict.fromkeys(table[column])) for column in (row, by))
+    step = 0.76 / max(len(series), 1)
+    for edge in range(1, len(rows)):
+        ax.axhline(edge - 0.5, color="#E6E6E6", lw=0.7)
+    for index, name in enumerate(series):
+        part = table[table[by] == name]
+        at = part[row].map(rows.index) - 0.38 + (index + 0.5) * step
+        ax.plot(part[value], at, label=name, mec="white", **_series_style(index))
+    _name_rows(ax, rows)
+    ax.set_xlabel(label)
+    return ax
+
+
+def batch_lines(ax: Axes, table: pd.DataFrame, value: str, label: str) -> Axes:
+    """A mean over mini-batches against their size (logarithmic): a colour, marker and dash per rule, a line per seed.
+
+    Columns: rule_name, seed, size, ``value``; rules without values are left out.
+    """
+    sizes = sorted(table["size"].unique())
+    dashes = ("-", (0, (4, 2)), (0, (1.5, 1.5)))
+    for index, (rule, rows) in enumerate(table.groupby("rule_name", sort=False)):
+        for place, (_, line) in enumerate(rows.dropna(subset=[value]).groupby("seed")):
+            style = _series_style(index) | {"ls": dashes[index % 3], "ms": 3.5, "lw": 1}
+            ax.plot(line["size"], line[value], label=None if place else rule, **style)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, sizes)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("prompts per batch")
+    ax.set_ylabel(label)
+    return ax
+
+
+# --- What the released code optimises (notebook 17) ---
+
+
+def gradient_cosines(ax: Axes, table: pd.DataFrame) -> Axes:
+    """A row per departure: cosines with the paper's gradient, a dot per batch and a larger mark for their mean.
+
+    The dashed line is the mean with all departures on. Columns: departure, side, cosine (NaN: no gradient is left,
+    drawn as a cross at 0); a side ``released`` is the line, ``paper`` is left out, the others have a colour each.
+    """
+    rows = table[~table["side"].isin(["paper", "released"])]
+    names, sides = list(dict.fromkeys(rows["departure"])), list(dict.fromkeys(rows["side"]))
+    ax.axvline(0, color="#6E6E6E", lw=0.9)
+    released = table.loc[table["side"] == "released", "cosine"].mean()
+    ax.axvline(released, color="black", lw=1.1, ls=(0, (4, 2)), label="as released")
+    marks = zip(sides, ("#0072B2", "#D55E00"), ("o", "D"), (-0.17, 0.17), strict=True)
+    for side, colour, marker, offset in marks:
+        for position, name in enumerate(names):
+            values = rows.loc[(rows["side"] == side) & (rows["departure"] == name), "cosine"]
+            y = position + offset
+            if values.isna().all():
+                ax.plot(0, y, "x", color=colour, ms=6, mew=1.6)
+                continue
+            ax.plot(values, np.full(len(values), y), ".", color=colour, ms=4, alpha=0.6)
+            ax.plot(values.mean(), y, marker, color=colour, ms=5.5)
+        ax.plot([], [], marker, color=colour, ms=5.5, label=side)
+    ax.plot([], [], "x", color="#444444", ms=6, mew=1.6, label="no gradient left")
+    _name_rows(ax, names)
+    ax.set_xlim(min(-0.32, table["cosine"].min() - 0.05), 1.08)
+    ax.set_xlabel("cosine with the paper's gradient")
+    return ax
+
+
+def core_point_curves(ax: Axes, table: pd.DataFrame, marks: dict[str, int]) -> Axes:
+    """The share of core points (%) against the batch size, a line per variant with a band; ``marks``: sizes by name.
+
+    Columns: variant, batch, core, low, high (fractions).
+    """
+    shapes = (("#D55E00", "-", "o"), ("#0072B2", (0, (5, 2)), "s"), ("#009E73", (0, (1.5, 1.5)), "^"))
+    for (variant, rows), (colour, dashes, marker) in zip(table.groupby("variant", sort=False), shapes, strict=False):
+        ax.fill_between(rows["batch"], 100 * rows["low"], 100 * rows["high"], color=colour, alpha=0.15, lw=0)
+        ax.plot(rows["batch"], 100 * rows["core"], color=colour, ls=dashes, marker=marker, ms=4, label=variant)
+    for name, size in marks.items():
+        ax.axvline(size, color="#6E6E6E", lw=0.9, ls=":")
+        ax.annotate(name, (size, 108), ha="right", va="center", fontsize=8, xytext=(-3, 0), textcoords="offset points")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sorted(table["batch"].unique()), sorted(table["batch"].unique()))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylim(-4, 115)
+    ax.set_yticks(range(0, 101, 25))
+    ax.set_xlabel("examples in the batch")
+    ax.set_ylabel("core points (%)")
+    return ax
+
+
+# --- Costs (notebook 16) ---
+
+
+def cost_bars(ax: Axes, table: pd.DataFrame, names: dict[str, str]) -> Axes:
+    """A step's time as a bar per method, cut into its parts, with the range of the whole over the repetitions.
+
+    Columns: method, part (a key of ``names``, or ``total``), mean, low, high (ms).
+    """
+    methods = _present(table)
+    ends = np.zeros(len(methods))
+    for index, (part, name) in enumerate(names.items()):
+        rows = table[table["part"] == part].set_index("method")["mean"].reindex(methods).fillna(0.0)
+        if rows.any():
+            ax.barh(range(len(methods)), rows, 0.7, left=ends, color=PALETTE[index % len(PALETTE)], label=name)
+        ends += rows.to_numpy()
+    whole = table[table["part"] == "total"]
+    ax.errorbar(whole["mean"], range(len(methods)), xerr=_whiskers(whole, "mean"), fmt="|", color="#222222", lw=0.9)
+    ax.plot([], [], "|", color="#222222", label="whole step, range")
+    _name_rows(ax, [look(method).label for method in methods])
+    ax.set_xlabel("time of a step (ms)")
+    return ax
+
+
+def cost_ratios(ax: Axes, table: pd.DataFrame) -> Axes:
+    """Times over DPO's with their ranges over the repetitions, a row per method, and what the paper prints as stars.
+
+    Columns: method, kind, mean, low, high, paper (NaN where it prints none).
+    """
+    methods, kinds = _present(table), list(dict.fromkeys(table["kind"]))
+    ax.axvline(1, color="black", lw=0.9)
+    for index, (kind, marker) in enumerate(zip(kinds, "os^", strict=False)):
+        rows = table[table["kind"] == kind]
+        y = rows["method"].map(methods.index) + 0.2 * (index - (len(kinds) - 1) / 2)
+        ax.errorbar(rows["mean"], y, xerr=_whiskers(rows, "mean"), fmt=marker, color=PALETTE[index], ms=4.5, label=kind)
+    printed = table.drop_duplicates("method").dropna(subset=["paper"])
+    place = printed["method"].map(methods.index)
+    ax.plot(printed["paper"], place, "*", ms=9, mfc="white", mec="black", label="paper, one epoch")
+    _name_rows(ax, [look(method).label for method in methods])
+    ax.set_xlabel("time over that of DPO")
+    return ax
+
+
+def scaling_lines(ax: Axes, table: pd.DataFrame, x: str, label: str, power: int) -> Axes:
+    """Time against size on logarithmic axes, a line per series with its range, and a guide of the given power.
+
+    Columns: ``x``, series, mean, low, high (ms).
+    """
+    for index, (series, rows) in enumerate(table.groupby("series", sort=False)):
+        style = {"color": PALETTE[index % len(PALETTE)], "marker": "os^D"[index % 4], "label": series}
+        ax.errorbar(rows[x], rows["mean"], _whiskers(rows, "mean"), **style)
+    ends = np.array([table[x].min(), table[x].max()], dtype=float)
+    top = table.loc[table[x] == ends[1], "mean"].max()
+    guide = top * (ends / ends[1]) ** power
+    ax.plot(ends, guide, color="#6E6E6E", ls=(0, (4, 2)), label=f"power {power}")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=0.5 * table["low"].min())  # the guide may leave the picture
+    values = sorted(table[x].unique())
+    ax.set_xticks(values, [f"{value:,}" for value in values])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel(label)
+    _label_y(ax, "time (ms)")
     return ax
