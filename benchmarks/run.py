@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-BENCHMARKS = ("training", "data", "ranking")
+BENCHMARKS = ("training", "data", "ranking", "cost")
 
 
 def main() -> None:

@@ -7,24 +7,21 @@ of negatives, and DynamicPO's controls at the most of them. Accuracies, shares a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from itertools import product
 
 import pandas as pd
 import torch
 
+from causaldpo_lib import takeaways
 from causaldpo_lib.audit import published
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.evaluation import MARGIN
 from causaldpo_lib.losses import LogProbs, boundary_negatives, example_losses, gradient_share
 from causaldpo_lib.parameters import read_yaml
 from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.plots import SPLITS, look
-from causaldpo_lib.tables import TEST_SPLITS, Tables, select, settings
-from causaldpo_lib.takeaways import change, equivalence
+from causaldpo_lib.tables import TEST_SPLITS, Tables, select
+from causaldpo_lib.takeaways import Pairs, change
 
 Frame = pd.DataFrame
-Pairs = Mapping[str, tuple[str, str]]  # what is compared, in words, to method and baseline
 LOSSES = ("dmpo", "s_dpo", "mppo")
 METRIC = "HR@1"
 MARK = "-negatives_per_prompt-"
@@ -176,13 +173,8 @@ def overhead(tables: Tables, setting: str) -> Frame:
 
 
 def answers(tables: Tables, setting: str, split: str, pairs: Pairs) -> str:
-    """HR@1 of each pair: ``raised``, ``lowered`` or no detectable change, its size, and if the margin is refuted."""
-    said = []
-    for name, pair in pairs.items():
-        key = (tables, setting, split, METRIC, *pair)
-        found, margin = change(*key), f"; ±{100 * MARGIN:.1f} % refuted" * (equivalence(*key) == "equivalent")
-        said.append(f"{name}: {found.word} ({found.size}{margin})" if found else f"{name}: not compared")
-    return "; ".join(said)
+    """``takeaways.answers`` about HR@1."""
+    return takeaways.answers(tables, setting, split, METRIC, pairs)
 
 
 def collapse_takeaway(tables: Tables, setting: str, split: str) -> str:
@@ -258,22 +250,8 @@ def overhead_takeaway(tables: Tables, setting: str) -> str:
 
 
 def tally(tables: Tables, pairs: Pairs) -> str:
-    """In how many of all settings and test splits each pair differs in HR@1, and in which."""
-    found: dict[str, list[str]] = {"lowered": [], "raised": [], "no detectable change": []}
-    refuted = 0
-    for setting, split, (name, pair) in product(settings(tables), TEST_SPLITS, pairs.items()):
-        key = (tables, setting, split, METRIC, *pair)
-        if difference := change(*key):
-            found[difference.word].append(f"{name} on the {SPLITS[split]}")
-            refuted += equivalence(*key) == "equivalent"
-    total = sum(map(len, found.values()))
-    if not total:
-        return "not compared"
-    *changes, none = (f"{word} in {len(names)} of {total}" for word, names in found.items())
-    named = [
-        f"{text} ({', '.join(names)})" if names else text for text, names in zip(changes, found.values(), strict=False)
-    ]
-    return f"{', '.join([*named, none])}; ±{100 * MARGIN:.1f} % refuted in {refuted}"
+    """``takeaways.tally`` of HR@1."""
+    return takeaways.tally(tables, METRIC, pairs)
 
 
 def verdict(tables: Tables) -> str:

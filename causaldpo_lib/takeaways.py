@@ -8,7 +8,8 @@ equivalence tests refute a difference as large as the margin (``evaluation.MARGI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from causaldpo_lib.tables import (
 )
 
 Frame = pd.DataFrame
+Pairs = Mapping[str, tuple[str, str]]  # what is compared, in words, to method and baseline
 LEVEL = 0.05  # of a claim, after Holm's correction
 ALIGNED = (("dpo", "sft"), ("causal_dpo", "dpo"), ("shuffled", "dpo"))  # what each step changes
 
@@ -78,17 +80,53 @@ class Change(NamedTuple):
 
 
 def change(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> Change | None:
-    """The paired difference of two methods, or None where the study has not measured it."""
-    rows = select(tables["paired"], setting=setting, split=split, metric=metric, method=method, baseline=baseline)
-    return Change(**{name: rows[name].iloc[0] for name in Change._fields}) if len(rows) else None
+    """``method`` minus ``baseline``, whichever way round paired.csv has them; None where it has neither."""
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric)
+    this, other = rows["method"], rows["baseline"]
+    for row in rows[(this == method) & (other == baseline)].itertuples():
+        return Change(metric, method, baseline, row.difference, row.low, row.high, row.p_holm)
+    for row in rows[(this == baseline) & (other == method)].itertuples():
+        return Change(metric, method, baseline, -row.difference, -row.high, -row.low, row.p_holm)
+    return None
 
 
 def equivalence(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> str | None:
     """``equivalent``, ``different`` or ``undecided`` (``stats.outcome``); None where the tables do not say."""
-    rows = select(tables["paired"], setting=setting, split=split, metric=metric, method=method, baseline=baseline)
+    rows = select(tables["paired"], setting=setting, split=split, metric=metric)
+    pair = {method, baseline}
+    rows = rows[rows["method"].isin(pair) & rows["baseline"].isin(pair)]
     if rows.empty or "p_equivalent_holm" not in rows or rows["p_equivalent_holm"].isna().all():
         return None
     return outcome(rows["p_holm"].iloc[0], rows["p_equivalent_holm"].iloc[0])
+
+
+def answers(tables: Tables, setting: str, split: str, metric: str, pairs: Pairs) -> str:
+    """Of each pair: ``raised``, ``lowered`` or no detectable change, its size, and if the margin is refuted."""
+    said = []
+    for name, pair in pairs.items():
+        key = (tables, setting, split, metric, *pair)
+        found, margin = change(*key), f"; ±{100 * MARGIN:.1f} % refuted" * (equivalence(*key) == "equivalent")
+        said.append(f"{name}: {found.word} ({found.size}{margin})" if found else f"{name}: not compared")
+    return "; ".join(said)
+
+
+def tally(tables: Tables, metric: str, pairs: Pairs, where: Sequence[str] | None = None) -> str:
+    """In how many of all settings (or those of ``where``) and test splits each pair differs, and in which."""
+    found: dict[str, list[str]] = {"lowered": [], "raised": [], "no detectable change": []}
+    refuted = 0
+    for setting, split, (name, pair) in product(where or settings(tables), TEST_SPLITS, pairs.items()):
+        key = (tables, setting, split, metric, *pair)
+        if difference := change(*key):
+            found[difference.word].append(f"{name} on the {SPLITS[split]}")
+            refuted += equivalence(*key) == "equivalent"
+    total = sum(map(len, found.values()))
+    if not total:
+        return "not compared"
+    *changes, none = (f"{word} in {len(names)} of {total}" for word, names in found.items())
+    named = [
+        f"{text} ({', '.join(names)})" if names else text for text, names in zip(changes, found.values(), strict=False)
+    ]
+    return f"{', '.join([*named, none])}; ±{100 * MARGIN:.1f} % refuted in {refuted}"
 
 
 def equivalence_sentence(tables: Tables, setting: str, split: str, metric: str, what: str) -> str:
@@ -252,6 +290,21 @@ def caption(tables: Tables, setting: str) -> str:
         f"*{setting}: {examples}; means over {seeds} training seed{many}; whiskers: 95 % intervals "
         "over seeds and users.*"
     )
+
+
+def slopes_takeaway(tables: Tables, setting: str, split: str) -> str:
+    """Which methods lose accuracy from popular to unpopular targets, and does CausalDPO lose less? In Markdown."""
+    rows = select(tables["slopes"], setting=setting, split=split, grouping="mass")
+    words = [verdict(row.low, row.high) for row in rows.itertuples()]
+    steps = [*ALIGNED[:2], ("causal_dpo", "shuffled")]
+    changes = [
+        _sentence(change(tables, setting, split, slope_metric("mass"), m, b), "the slope over G1 to G5", m, b)
+        for m, b in steps
+    ]
+    fall = (
+        f"NDCG@{K} falls from G1 to G5 with {words.count('lowered')} of {len(words)} methods (95 % interval below 0)."
+    )
+    return _takeaway(f"{setting}, {SPLITS[split]}.", [fall, *changes], [])
 
 
 def times_takeaway(tables: Tables, setting: str, split: str) -> str:
