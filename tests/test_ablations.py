@@ -1,0 +1,335 @@
+"""The notebook on ablations: rows find their axis and place, sentences follow the numbers, and every cell runs."""
+
+import json
+import re
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from causaldpo_lib import ablations, plots
+from causaldpo_lib.ablations import AXES, METRICS, PRIMARY, SHARE
+from causaldpo_lib.errors import StudyError
+from causaldpo_lib.evaluation import MARGIN, compared
+from causaldpo_lib.paths import NOTEBOOKS
+from causaldpo_lib.study import load_study
+
+SETTING, SPLITS, SEEDS = "ml-100k-popularity", ("iid_test", "ood_test"), (1, 2, 3)
+STUDY = load_study("ablations")
+METHODS = [method.name for method in STUDY.methods]
+PAIRS = list(dict.fromkeys([*compared(METHODS), *STUDY.comparisons]))
+KNOWN = ablations.parameters("ablations")
+UP, DOWN, NOTHING = (0.2, 0.1, 0.3, 0.006), (-0.2, -0.3, -0.1, 0.006), (0.01, -0.1, 0.12, 1.0)
+LOGPS = {"sft": -7.1, "dpo": -7.9, "causal_dpo": -7.6, "shuffled": -7.65, "causal_dpo-mmd_weight-10.0": -7.2}
+
+
+def level(method, metric, split):
+    """Made-up means: as in LOGPS, others by the length of their name."""
+    own = LOGPS.get(method, -7.3 - 0.01 * len(method))
+    shown = {PRIMARY: own, "NDCG@10": 0.012 + 0.001 * (own + 7.5), "HR@10": 0.03, SHARE: 0.5 - 0.1 * (own + 7.5)}[
+        metric
+    ]
+    return shown + {PRIMARY: 1.2, "NDCG@10": 0.03, "HR@10": 0.05, SHARE: 0.1}[metric] * (split != "ood_test")
+
+
+def made_up(changes=None, default=NOTHING, refuted=1.0, methods=METHODS, best=None):
+    """Tables of the study in which every paired difference is ``default``, except those in ``changes``.
+
+    Validation likes ``best`` most, else what the tests like.
+    """
+    metrics, shares, paired, validation = [], [], [], []
+    for split in (*SPLITS, "validation"):
+        key = {"setting": SETTING, "split": split}
+        for metric in (PRIMARY, "NDCG@10", "HR@10"):
+            reach = {PRIMARY: 0.2, "NDCG@10": 0.003, "HR@10": 0.01}[metric]
+            for method in methods:
+                mean = level(method, metric, split) + 9.0 * (split == "validation" and method == best)
+                row = {**key, "method": method, "metric": metric, "mean": mean, "low": mean - reach}
+                row |= {"high": mean + reach, "seeds": 3, "examples": 2000}
+                (validation if split == "validation" else metrics).append(row)
+        if split == "validation":
+            continue
+        for floor in ("random", "popular"):
+            row = {**key, "method": floor, "metric": "HR@10", "mean": 0.01, "low": 0.01, "high": 0.01, "seeds": 0}
+            metrics.append({**row, "examples": 2000})
+        for method in methods:
+            mean = level(method, SHARE, split)
+            row = {**key, "grouping": "mass", "group": "G1", "method": method, "share": mean}
+            shares.append({**row, "low": mean - 0.15, "high": mean + 0.15})
+        for metric in METRICS:
+            for pair in (pair for pair in PAIRS if set(pair) <= set(methods)):
+                difference, low, high, p_holm = (changes or {}).get(pair, default)
+                row = {"method": pair[0], "baseline": pair[1], "difference": difference, "low": low, "high": high}
+                row |= {"p": p_holm / 10, "p_holm": p_holm, "margin": MARGIN * 0.2, "p_equivalent": refuted}
+                paired.append({**key, "metric": metric, **row, "p_equivalent_holm": refuted, "p_mcnemar": 0.5})
+    sizes = {"sft": 1.3e6, "sft-backbone-tiny-small": 0.5e6}
+    diagnostics = [
+        {"setting": SETTING, "method": m, "seed": s, "parameters": n} for m, n in sizes.items() for s in SEEDS
+    ]
+    rest = pd.DataFrame([{"setting": SETTING, "split": "ood_test", "grouping": "mass", "group": "G1", "method": "sft"}])
+    frames = {"metrics": metrics, "shares": shares, "paired": paired, "validation": validation}
+    found = {name: pd.DataFrame(rows) for name, rows in frames.items()}
+    return found | {"diagnostics": pd.DataFrame(diagnostics), "groups": rest}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return made_up()
+
+
+def without(tables, *methods):
+    """The tables without some methods."""
+    left = [name for name in tables["metrics"]["method"].unique() if name not in methods]
+    return {name: rows[rows["method"].isin(left)] if "method" in rows else rows for name, rows in tables.items()}
+
+
+# Axes
+
+
+def test_every_axis_is_in_the_study_and_every_comparison_is_tested(tables):
+    for axis in AXES:
+        found = ablations.members(tables, SETTING, axis, KNOWN)
+        pairs = AXES[axis].pairs(found)
+        assert len(found) > 1 and pairs, axis
+        assert {*pairs.values()} <= {*PAIRS}, axis
+    assert STUDY.notebooks == ("15_ablations",)
+
+
+def test_every_row_of_a_sweep_is_on_an_axis(tables):
+    shown = {name for axis in AXES for name in ablations.members(tables, SETTING, axis, KNOWN)["member"]}
+    assert {name for name in METHODS if "-" in name} <= shown
+
+
+def test_values_are_those_of_the_study(tables):
+    rows = ablations.members(tables, SETTING, "lambda", KNOWN)
+    assert rows["value"].tolist() == [0, 0.001, 0.1, 1, 10]
+    assert rows["member"].tolist()[0] == "dpo" and rows["member"].tolist()[3] == "causal_dpo"
+    rows = ablations.members(tables, SETTING, "learning_rate", KNOWN)
+    assert rows.groupby("method")["value"].apply(list).to_dict() == {
+        m: [3e-5, 1e-4, 3e-4] for m in ("causal_dpo", "dpo")
+    }
+    assert ablations.members(tables, SETTING, "iterations", KNOWN)["value"].tolist() == [1, 2, 4]
+    assert ablations.members(tables, SETTING, "negatives", KNOWN)["value"].tolist() == [1, 3]
+
+
+def test_only_one_parameter_differs_along_an_axis(tables):
+    """What a panel calls the effect of a parameter is the effect of nothing else."""
+    aside = {"method", "seed", "data", "sft", "assistant"}
+    for axis in (name for name, about in AXES.items() if isinstance(about, ablations.Values)):
+        key = AXES[axis].key.partition(".")[0]
+        for member in (rows := ablations.members(tables, SETTING, axis, KNOWN))["member"]:
+            base = rows.set_index("member").loc[member, "method"]
+            differing = {k for k, value in KNOWN[member].items() if value != KNOWN[base][k]}
+            assert differing - aside <= {key}, (axis, member)
+    off, on = KNOWN["dpo"], KNOWN["causal_dpo"]
+    assert {k for k in on if on[k] != off[k]} - aside == {"mmd_weight"}
+
+
+def test_values_are_compared_within_a_line_and_across_lines(tables):
+    def pairs(axis):
+        return AXES[axis].pairs(ablations.members(tables, SETTING, axis, KNOWN))
+
+    assert {*pairs("lambda").values()} == {
+        (name, "dpo") for name in METHODS if name == "causal_dpo" or name.startswith("causal_dpo-mmd_weight-")
+    }
+    beta = pairs("beta")
+    assert beta["CausalDPO, 0.5 against 1"] == ("causal_dpo-beta-0.5", "causal_dpo")
+    assert beta["CausalDPO against DPO at 0.5"] == ("causal_dpo-beta-0.5", "dpo-beta-0.5")
+    assert beta["CausalDPO against DPO at 1"] == ("causal_dpo", "dpo") and len(beta) == 7
+
+
+def test_a_row_that_the_study_does_not_know_is_refused(tables):
+    with pytest.raises(StudyError, match=r"no method 'causal_dpo-beta-0\.5' for its loss_options\.beta"):
+        ablations.members(tables, SETTING, "beta", {"causal_dpo": KNOWN["causal_dpo"]})
+    with pytest.raises(StudyError, match="axis"):
+        ablations.members(tables, SETTING, "gamma", KNOWN)
+
+
+def test_plotted_values_are_in_the_units_of_their_labels(tables):
+    rows = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, "lambda", KNOWN))
+    assert list(dict.fromkeys(rows["metric"])) == list(METRICS) and len(rows) == 5 * 3 * 2
+    one = rows.query("member == 'causal_dpo' and split == 'ood_test'").set_index("metric")
+    assert one.loc[PRIMARY, "mean"] == pytest.approx(-7.6) and one.loc[PRIMARY, "label"] == "log p (nats)"
+    assert one.loc[SHARE, "mean"] == pytest.approx(51) and one.loc[SHARE, "high"] == pytest.approx(66)
+    assert one.loc["NDCG@10", "low"] == pytest.approx(1.19 - 0.3) and one.loc["NDCG@10", "label"] == "NDCG@10 (%)"
+
+
+def test_dpo_and_the_controls_stand_behind_every_panel(tables):
+    rows = ablations.levels(tables, SETTING)
+    expected = ["dpo", "shuffled", "oracle_history", "oracle_target"]
+    assert list(dict.fromkeys(rows["method"])) == expected and len(rows) == 4 * 3 * 2
+    assert set(ablations.levels(without(tables, "oracle_target"), SETTING)["method"]) == {*expected[:3]}
+    for axis in AXES:
+        found = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, axis, KNOWN))
+        fig = ablations.draw(SETTING, AXES[axis], found, rows)
+        labels = [text.get_text() for text in fig.legends[0].get_texts()]
+        assert {f"{plots.look(method).label} (level)" for method in expected} <= set(labels), axis
+        for ax in fig.axes:
+            lines = sum(line.get_label().endswith("(level)") for line in ax.get_lines())
+            assert lines == 4, axis
+        plt.close(fig)
+
+
+def test_zero_stands_apart_on_a_logarithmic_axis(tables):
+    rows = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, "lambda", KNOWN))
+    fig, axes = plots.panels()
+    ax = axes[0, 0]
+    part = rows[(rows["metric"] == PRIMARY) & (rows["split"] == "ood_test")]
+    plots.value_paths(ax, part, "λ", ablations.levels(tables, SETTING).iloc[:0], log=True)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.001", "0.1", "1", "10"]
+    places = ax.get_xticks()
+    assert np.allclose(places[1:], [-3, -1, 0, 1]) and places[0] < -3
+    lines = {c.get_label(): c for c in ax.containers}
+    assert len(lines["DPO"].lines[0].get_xdata()) == 1 and len(lines["CausalDPO"].lines[0].get_xdata()) == 4
+    plt.close(fig)
+
+
+# What is missing
+
+
+def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
+    few = without(tables, "vrex", "group_dro", "backdoor", "dpo", *(n for n in METHODS if n.startswith("dpo-")))
+    ((figures, text),) = ablations.panels(few, "penalties", KNOWN, tmp_path)
+    assert not figures and not list(tmp_path.iterdir())
+    assert text == (
+        "*Which penalty on the inferred environments: left out, since of its rows the tables of ml-100k-popularity "
+        "have only CausalDPO.*"
+    )
+    ((_, text),) = ablations.panels(without(tables, *METHODS[1:]), "gradient", KNOWN, tmp_path)
+    assert text.endswith("have none.*")
+    ((figures, text),) = ablations.panels(few, "lambda", KNOWN, tmp_path)  # without DPO, against the base
+    assert (
+        len(figures) == 1
+        and "CausalDPO, 0.1 against 1" in text
+        and (tmp_path / f"ablations-lambda-{SETTING}.csv").exists()
+    )
+
+
+def test_a_study_of_other_things_has_sentences_only(tables, tmp_path):
+    other = without(tables, *(set(METHODS) - {"sft"}))
+    for axis in AXES:
+        assert [not figures for figures, _ in ablations.panels(other, axis, KNOWN, tmp_path)] == [True]
+    assert ablations.selection(other, SETTING, KNOWN).empty
+    assert ablations.selection_takeaway(other, SETTING, KNOWN).endswith("no hyper-parameter that a rule could choose.")
+    assert "nothing on these axes was compared" in ablations.verdict(other, KNOWN)
+    assert "Without the shuffled control" in ablations.environments_sentence(other, SETTING)
+    assert ablations.ranges(other, SETTING, "ood_test", KNOWN).empty
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(("numbers", "word"), [(UP, "raised"), (DOWN, "lowered"), (NOTHING, "")])
+def test_a_takeaway_follows_the_numbers(numbers, word):
+    tables = made_up({("causal_dpo-mmd_weight-0.1", "dpo"): numbers})
+    text = ablations.takeaway(tables, SETTING, "lambda", KNOWN)
+    size = f"{numbers[0]:+.2f} nats [{numbers[1]:+.2f}, {numbers[2]:+.2f}], p = 0.006"
+    moved = f"CausalDPO, 0.1 against 0: {word} ({size}); " if word else ""
+    still = f"no detectable change in {3 if word else 4} of 4 comparisons, a change of ±8.6 % refuted in 0."
+    assert text.startswith(f"**Takeaway.** *{SETTING}, OOD test.* Log-probability of the target: {moved}{still}")
+    counts = {each: f"{each} in {2 * (each == word)} of 8" for each in ("raised", "lowered")}
+    assert all(text.count(count) == 2 for count in counts.values()), text
+
+
+def test_differences_are_cells_with_their_verdict():
+    found = ablations.difference_table(
+        made_up({("vrex", "dpo"): UP}, refuted=0.01),
+        SETTING,
+        {"a": ("vrex", "dpo"), "b": ("group_dro", "dpo"), "c": ("vrex", "group_dro")},
+    )
+    assert found["test"].tolist() == ["IID", "OOD"] * 3
+    column = found["log p (nats)"]
+    assert column[1] == "+0.20 [+0.10, +0.30], p = 0.006, **raised**"
+    assert column[3] == "+0.01 [-0.10, +0.12], p = 1.000, equivalent"
+    assert column[5] == "not compared"
+    assert found["share of G1 (points)"][1].startswith("+20.00 [+10.00")
+
+
+@pytest.mark.parametrize("numbers", [UP, DOWN, NOTHING])
+def test_the_verdict_names_what_moves(numbers):
+    text = ablations.verdict(made_up({("vrex", "dpo"): numbers, ("causal_dpo", "shuffled"): numbers}), KNOWN)
+    title, moved = AXES["penalties"].title, numbers != NOTHING
+    detected = text.split("detected changes in ")[1].split("; none in ")[0]
+    assert (f"{title} (1 of 4)" in detected) == moved
+    assert (detected == "none") == (not moved)
+    word = {UP: "raised", DOWN: "lowered", NOTHING: "no detectable change"}[numbers]
+    assert f"Inferred against shuffled environments: {word} (" in text
+
+
+def test_the_widest_range_is_first(tables):
+    rows = ablations.ranges(tables, SETTING, "ood_test", KNOWN)
+    widths = rows["high"] - rows["low"]
+    assert widths.is_monotonic_decreasing and len(rows) == len(AXES)
+    own = rows.set_index("axis").loc["lambda"]
+    assert (own["low"], own["high"], own["method"]) == (-7.9, -7.2, "causal_dpo-mmd_weight-10.0")
+
+
+# Selection
+
+
+def test_validation_chooses_and_the_test_stands_beside(tables):
+    found = ablations.selection(tables, SETTING, KNOWN).set_index("search")
+    assert found.loc["λ of CausalDPO", "candidates"] == "5"
+    assert found.loc["λ of CausalDPO", "iid_validation_logp"] == "CausalDPO, λ 10.0: -7.20 [-7.40, -7.00]"
+    assert list(found.index) == [
+        *("λ of CausalDPO", "beta of CausalDPO", "beta of DPO"),
+        *("peak learning rate of AdamW of CausalDPO", "peak learning rate of AdamW of DPO"),
+        *("all of CausalDPO", "all of DPO"),
+    ]
+    candidates = ablations.searches(tables, SETTING, KNOWN)
+    assert "dpo" not in candidates["all of CausalDPO"] and len(candidates["all of CausalDPO"]) == 8
+    off = made_up(best="dpo")
+    found = ablations.selection(off, SETTING, KNOWN).set_index("search")
+    assert found.loc["λ of CausalDPO", "iid_validation_logp"].startswith("DPO: -7.90")
+    assert found.loc["λ of CausalDPO", "oracle_ood"].startswith("CausalDPO, λ 10.0")
+    text = ablations.selection_takeaway(off, SETTING, KNOWN)
+    assert "Of 2 rules on validation, 2 would switch the penalty off" in text
+    assert (
+        "λ of CausalDPO: DPO by log-probability and by NDCG, while CausalDPO, λ 10.0 is 0.70 nats better there." in text
+    )
+    text = ablations.selection_takeaway(tables, SETTING, KNOWN)
+    assert "Of 2 rules on validation, 0 would" in text and "which is also best on the OOD test" in text
+
+
+def test_without_a_validation_split_only_the_oracle_chooses(tables):
+    bare = {**tables, "validation": tables["validation"].iloc[:0]}
+    found = ablations.selection(bare, SETTING, KNOWN)
+    assert (found["iid_validation_logp"] == "").all() and (found["oracle_ood"] != "").all()
+    assert "hold no ranking of the validation split" in ablations.selection_takeaway(bare, SETTING, KNOWN)
+
+
+def test_sizes_are_those_of_the_fine_tuned_models(tables):
+    assert ablations.sizes(tables, SETTING).endswith("tiny has 1.30 million parameters, small 0.50 million.*")
+    assert ablations.sizes(without(tables, "sft-backbone-tiny-small"), SETTING) == ""
+
+
+# The notebook
+
+
+def test_the_notebook_draws_and_explains_everything(tables, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+    monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)  # the folder has another name
+    monkeypatch.setattr(plots, "DPI", 30)
+    monkeypatch.chdir(tmp_path)
+    for name, table in tables.items():
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    cells = json.loads((NOTEBOOKS / "15_ablations.ipynb").read_text("utf8"))["cells"]
+    parameters, *codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    namespace: dict[str, object] = {}
+    exec(parameters, namespace)
+    assert namespace["tables"] == "../figures/ablations" and namespace["figures"] == ""
+    namespace |= {"tables": str(tmp_path), "figures": str(tmp_path / "figures")}
+    for code in codes:
+        exec(code, namespace)
+    images = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert images == {path.stem for path in (tmp_path / "figures").glob("*.csv")}
+    assert images == {f"ablations-{axis}-{SETTING}" for axis in (*AXES, "ranges")}
+    texts = [thing.data for thing in shown if hasattr(thing, "data")]
+    assert sum("**Takeaway.**" in text for text in texts) >= len(AXES) + 2
+    assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
+    assert not plt.get_fignums()
