@@ -171,18 +171,37 @@ def publish(study: Study) -> None:
     print(f"copied tables and figures to {shown(target)}")
     page = ROOT / "README.md"
     page.write_text(readme.filled(page.read_text(encoding="utf-8"), FIGURES), encoding="utf-8")
+    execute_notebooks()
+
+
+def execute_notebooks() -> None:
+    """Renew every notebook's links and outputs in place, and ``figures/notebooks.csv``: what each took.
+
+    The overview, which shows these times, comes last.
+    """
+    from causaldpo_lib import book, overview  # as in ``publish``
+    from causaldpo_lib.backbone import device
+
+    book.renew(NOTEBOOKS)
     for stage in STAGES:  # so that the saved outputs show the runs, not that they were there already
         shutil.rmtree(smoke_folder(stage), ignore_errors=True)
-    for notebook in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
+    times = []
+    for notebook in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"), key=lambda path: (path.stem == book.START, path)):
+        start = time.perf_counter()
+        if notebook.stem == book.START:
+            overview.write_times(times, device().type, FIGURES)
         execute_in_place(notebook)
+        times.append((notebook.stem, time.perf_counter() - start))
         print(f"executed {shown(notebook)}")
 
 
 def _belongs(study: Study, stem: str) -> bool:
-    """Whether a table or figure is one of the study's present settings: those of a removed one stay behind."""
+    """Whether a table or figure is of all settings or a present one: those of a removed one stay behind."""
     if study.data_only:
         return stem.startswith("datasets")
-    return stem in TABLES or stem.endswith(tuple(f"-{setting.name}" for setting in study.settings))
+    if stem.startswith("recovery"):  # of python -m causaldpo_lib.recovery, which no study runs
+        return True
+    return stem in TABLES or stem.endswith(("-all", *(f"-{setting.name}" for setting in study.settings)))
 
 
 def _command(study: Study, threads: int = 1) -> list[str]:

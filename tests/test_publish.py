@@ -1,5 +1,6 @@
 """Publishing copies what the present study names, renews the README and the notebooks, and refuses what is stale."""
 
+import pandas as pd
 import pytest
 from fabricated import setting
 
@@ -7,14 +8,16 @@ from causaldpo_lib import study as studies
 from causaldpo_lib import tables, workflow
 from causaldpo_lib.errors import StudyError
 
+ORDER = ["01_a.ipynb", "02_b.ipynb", "00_start_here.ipynb"]  # the overview shows what the others took
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A repository of its own with a finished study ``quick``; notebooks are noted instead of executed."""
     for name in ("figures/quick", "notebooks", "results/quick"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("02_b", "01_a"):
-        (tmp_path / "notebooks" / f"{name}.ipynb").write_text("{}")
+    for name in ("02_b", "01_a", "00_start_here"):
+        (tmp_path / "notebooks" / f"{name}.ipynb").write_text('{"cells": []}')
     found = tables.collect_jobs(setting(tmp_path / "runs", "simulated-environment", truth=True))
     for name, table in found.items():
         table.to_csv(tmp_path / "results" / "quick" / f"{name}.csv", index=False)
@@ -32,16 +35,26 @@ def place(tmp_path, monkeypatch):
 
 def test_publish_replaces_the_study_s_files_and_renews_what_quotes_them(place):
     root, executed = place
-    for name in ("shares-mass-simulated-environment.png", "shares-mass-removed-setting.png", "tables.log.txt"):
+    made_apart = {"recovery.csv", "recovery_probe.csv", "recovery_batch.csv", "recovery-strength.png"}
+    names = {"shares-mass-simulated-environment.png", "shares-mass-removed-setting.png", "tables.log.txt"}
+    for name in names | made_apart:
         (root / "results" / "quick" / name).write_text("new")
     (root / "figures" / "quick" / "stale.png").write_text("old")
     workflow.publish(studies.load_study("quick"))
     copied = {path.name for path in (root / "figures" / "quick").iterdir()}
     assert {"metrics.csv", "paired.csv", "shares.csv", "groups.csv", "diagnostics.csv"} <= copied
-    assert "shares-mass-simulated-environment.png" in copied
+    assert {"shares-mass-simulated-environment.png", *made_apart} <= copied
     assert not copied & {"stale.png", "shares-mass-removed-setting.png", "tables.log.txt"}
     assert "**simulated-environment, OOD test**" in (root / "README.md").read_text()
-    assert executed == ["01_a.ipynb", "02_b.ipynb"]
+    assert executed == ORDER
+
+
+def test_publish_links_the_notebooks_and_keeps_their_times(place):
+    root, _ = place
+    workflow.publish(studies.load_study("quick"))
+    assert "[02 b →](02_b.ipynb)" in (root / "notebooks" / "01_a.ipynb").read_text()
+    times = pd.read_csv(root / "figures" / "notebooks.csv")
+    assert times["notebook"].tolist() == ["01_a", "02_b"] and (times["seconds"] >= 0).all()
 
 
 def test_a_study_of_data_alone_publishes_its_tables_and_figures(place):
@@ -53,7 +66,7 @@ def test_a_study_of_data_alone_publishes_its_tables_and_figures(place):
         (folder / name).write_text("new")
     workflow.publish(studies.load_study("datasets"))
     assert {path.name for path in (root / "figures" / "datasets").iterdir()} == set(names)
-    assert executed == ["01_a.ipynb", "02_b.ipynb"]
+    assert executed == ORDER
 
 
 def test_figures_of_a_setting_whose_name_ends_like_another_s_stay_behind(place):
