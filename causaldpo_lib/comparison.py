@@ -23,7 +23,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import FLOORS
 from causaldpo_lib.plots import SPLITS, look
 from causaldpo_lib.tables import Tables, cell, facts, heading, only_cell, select, settings
-from causaldpo_lib.takeaways import Change, change
+from causaldpo_lib.takeaways import change
 
 Frame = pd.DataFrame
 NDCG = "NDCG@10"  # the metric whose directions are compared
@@ -114,15 +114,6 @@ def _joined(setting: str, table: Printed, studies: Mapping[str, Tables]) -> tupl
     return {key: rows.drop_duplicates(once[key]) for key, rows in joined.items()}, same, apart
 
 
-def difference(panel: Panel, metric: str, method: str, baseline: str) -> Change | None:
-    """``method`` minus ``baseline``, whichever way round paired.csv has them; None if it has not."""
-    where = panel.tables, panel.setting, panel.table.split, metric
-    found = change(*where, method, baseline)
-    if found is None and (turned := change(*where, baseline, method)):
-        return Change(metric, method, baseline, -turned.difference, -turned.high, -turned.low, turned.p_holm)
-    return found
-
-
 def beside(number: int, studies: Mapping[str, Tables]) -> Frame:
     """A printed table beside this study's results as text cells: its rows in their order, other methods, floors.
 
@@ -139,7 +130,7 @@ def beside(number: int, studies: Mapping[str, Tables]) -> Frame:
             rows = select(panel.tables["metrics"], method=row["here"])
             line |= {heading(metric): only_cell(select(rows, metric=metric), metric) for metric in SHOWN}
             for metric, title in ((NDCG, f"{NDCG} (points)"), ("target_logp", heading("target_logp"))):
-                found = difference(panel, metric, CAUSAL[OURS], row["here"])
+                found = change(panel.tables, panel.setting, panel.table.split, metric, CAUSAL[OURS], row["here"])
                 line[f"{OURS} − row, {title}"] = cell(found._asdict(), metric, "difference") if found else ""
             lines.append(line)
     return pd.DataFrame(lines)
@@ -161,7 +152,8 @@ def directions(panel: Panel) -> Frame:
     lines = []
     for method, baseline in ((m, b) for m, b in pairs if m in rows.index and b in rows.index):
         claimed = rows.loc[method, NDCG] - rows.loc[baseline, NDCG]
-        found = difference(panel, NDCG, rows.loc[method, "here"], rows.loc[baseline, "here"])
+        here_pair = rows.loc[method, "here"], rows.loc[baseline, "here"]
+        found = change(panel.tables, panel.setting, panel.table.split, NDCG, *here_pair)
         result = "untested" if found is None else "undecided"
         if found and found.word != "no detectable change":
             result = "agree" if (found.word == "raised") == (claimed > 0) else "opposite"

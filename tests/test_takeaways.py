@@ -90,6 +90,13 @@ def test_shares_takeaway_follows_the_numbers(numbers, says):
     assert "Training data 20.0 [10.0, 30.0] %" in text
 
 
+def test_a_turned_difference_keeps_its_p_and_a_missing_one_is_none():
+    tables = made_up({("HR@10", "dpo", "sft"): (0.1, 0.05, 0.16, 0.006)})
+    found = takeaways.change(tables, "made-up", "ood_test", "HR@10", "sft", "dpo")
+    assert found == ("HR@10", "sft", "dpo", -0.1, -0.16, -0.05, 0.006) and found.word == "lowered"
+    assert takeaways.change(tables, "made-up", "ood_test", "HR@10", "sft", "shuffled") is None
+
+
 @pytest.mark.parametrize(
     ("numbers", "says"), [(UP, "is higher than with"), (DOWN, "is lower than with"), (NOTHING, "cannot be told apart")]
 )
@@ -240,6 +247,16 @@ def test_a_claim_that_is_not_detected_can_be_refuted():
 
 
 # Periods
+
+
+def test_slopes_takeaway_counts_what_falls():
+    tables = made_up()
+    key = {**KEY, "grouping": "mass", "metric": "NDCG@10", "groups": 5}
+    slopes = {"sft": (-0.05, -0.06, -0.04), "dpo": (-0.01, -0.03, 0.01), "causal_dpo": (0.02, 0.01, 0.03)}
+    rows = [{**key, "method": m, "slope": a, "low": b, "high": c} for m, (a, b, c) in slopes.items()]
+    said = takeaways.slopes_takeaway({**tables, "slopes": pd.DataFrame(rows)}, "made-up", "ood_test")
+    assert "falls from G1 to G5 with 1 of 3 methods" in said
+    assert "CausalDPO was not compared with Shuffled control." in said
 
 
 def test_times_takeaway_follows_the_slopes():

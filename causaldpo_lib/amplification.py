@@ -1,0 +1,112 @@
+"""Who is shown more, or less, after alignment: one popularity group's share over all settings of several studies.
+
+Two causes are told apart (arXiv 2603.22335, Section 3.1, names the first only). A *confounder*: environments that push
+the same items in many histories; its strength is known on simulated data. The *negative sampler*: with rejected items
+drawn from q, DPO's optimum is ref(y) (p(y|x) / q(y|x))^(1/beta), so that uniform negatives sharpen popularity, and
+negatives in proportion to popularity take it out, with or without a confounder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from causaldpo_lib.evaluation import share_metric
+from causaldpo_lib.paths import PARAMS
+from causaldpo_lib.plots import SPLITS, look
+from causaldpo_lib.study import load_study
+from causaldpo_lib.tables import TEST_SPLITS, Tables, settings
+from causaldpo_lib.takeaways import change
+
+Frame = pd.DataFrame
+STEPS = (  # what the alignment changes, and what is changed about it
+    ("dpo", "sft"),
+    ("popularity_negatives", "sft"),
+    ("causal_dpo", "dpo"),
+    ("shuffled", "dpo"),
+    ("causal_negatives", "dpo"),
+)
+UNCHANGED = "no detectable change"
+
+
+def strengths(study: str) -> dict[str, float]:
+    """Confounding strength (log-odds of a boosted item) of each setting of a study that its file gives one."""
+    if not (PARAMS / "studies" / f"{study}.yaml").exists():
+        return {}
+    options = {s.name: s.overrides["data"].get("dataset_options", {}) for s in load_study(study).settings}
+    return {name: float(given["strength"]) for name, given in options.items() if "strength" in given}
+
+
+def share_changes(studies: Mapping[str, Tables], group: str = "G1", grouping: str = "mass") -> Frame:
+    """The change of a group's share of the top-10 slots, for each step of ``STEPS`` that a setting measures.
+
+    Of settings that several studies hold the first study counts. Columns: setting, strength (NaN: unknown), name
+    (of the comparison), split, method, baseline, mean, low, high (points), word (of ``takeaways.verdict``).
+    """
+    lines, seen = [], set()
+    for study, tables in studies.items():
+        known = strengths(study)
+        for setting in (name for name in settings(tables) if name not in seen):
+            seen.add(setting)
+            for method, baseline in STEPS:
+                for split in TEST_SPLITS:
+                    found = change(tables, setting, split, share_metric(grouping, group), method, baseline)
+                    if found is None:
+                        continue
+                    size = [100 * found.difference, 100 * found.low, 100 * found.high]
+                    name = f"{look(method).label} − {look(baseline).label}"
+                    lines.append(
+                        [setting, known.get(setting), name, split, method, baseline, *size, found.word, found.size]
+                    )
+    columns = ["setting", "strength", "name", "split", "method", "baseline", "mean", "low", "high", "word", "size"]
+    return pd.DataFrame(lines, columns=columns).astype({"strength": float})
+
+
+def _where(rows: Frame) -> str:
+    return ", ".join(f"{r.setting} ({r.mean:+.1f} [{r.low:+.1f}, {r.high:+.1f}])" for r in rows.itertuples()) or "none"
+
+
+def _counted(rows: Frame, what: str) -> str:
+    """In how many settings a step raised, lowered or left a share, with the sizes of what was detected."""
+    raised, lowered = rows[rows["word"] == "raised"], rows[rows["word"] == "lowered"]
+    return (
+        f"{what}: raised in {len(raised)} of {len(rows)} settings ({_where(raised)}), lowered in {len(lowered)} "
+        f"({_where(lowered)}), no detectable change in the rest."
+    )
+
+
+def causes_takeaway(changes: Frame, split: str = "ood_test") -> str:
+    """What uniform and popularity-proportional negatives do everywhere, and without any confounder, in Markdown."""
+    rows = changes[changes["split"] == split]
+    uniform, popular = rows[rows["method"] == "dpo"], rows[rows["method"] == "popularity_negatives"]
+    sentences = [f"**Takeaway.** *Share of G1 (points), {SPLITS[split]}, against SFT.*"]
+    sentences += [_counted(uniform, "DPO with uniform negatives")] if len(uniform) else []
+    sentences += [_counted(popular, "DPO with popularity negatives")] if len(popular) else []
+    return " ".join([*sentences, strength_sentence(uniform), strength_sentence(popular)]).strip()
+
+
+def strength_sentence(rows: Frame) -> str:
+    """One step at the least and at the greatest confounding strength; empty where no strength is known."""
+    rows = rows.dropna(subset="strength").sort_values("strength")
+    if rows.empty:
+        return ""
+    least, most = rows.iloc[0], rows.iloc[-1]
+    step = f"{look(least['method']).label} against {look(least['baseline']).label}"
+    at = "Without any confounding" if least["strength"] == 0 else f"At strength {least['strength']:g}"
+    first = f"{at}, {step}: {least['size']}"
+    if least["word"] == "raised" and least["strength"] == 0:
+        first += ", so that this amplification needs no confounder"
+    if len(rows) == 1:
+        return first + "."
+    apart = most["low"] > least["high"] or most["high"] < least["low"]
+    overlap = "the two intervals have no value in common" if apart else "the two intervals overlap"
+    return f"{first}. At strength {most['strength']:g}: {most['size']}; {overlap}."
+
+
+def changes_caption(changes: Frame) -> str:
+    """What the rows of the figure are: settings, their confounding strength where it is known, and the whiskers."""
+    known = changes.dropna(subset="strength").drop_duplicates("setting")
+    strength = ", ".join(f"{row.strength:g} in {row.setting}" for row in known.itertuples())
+    about = f"; log-odds of a boosted item: {strength}" if strength else ""
+    return f"*Paired by training seed and example; whiskers: 95 % intervals over seeds and users{about}.*"
