@@ -1,6 +1,7 @@
 """The README's generated parts: what a published study found, between markers named after the study.
 
-A part ``claims`` of study ``ml-100k`` stands between ``<!-- ml-100k claims -->`` and ``<!-- end -->``.
+A part ``ood`` of study ``ml-100k`` stands between ``<!-- ml-100k ood -->`` and ``<!-- end -->``. Parts of ``ALL``
+studies together, those that the verdict notebook reads, have ``all`` for a study: ``<!-- all verdict -->``.
 """
 
 from __future__ import annotations
@@ -9,24 +10,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from causaldpo_lib import tables, takeaways
+import pandas as pd
+
+from causaldpo_lib import overview, tables, verdict
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.plots import SPLITS
+from causaldpo_lib.parameters import declared_in
+from causaldpo_lib.paths import NOTEBOOKS
 
 PART = re.compile(r"(<!-- (?P<study>[\w.-]+) (?P<part>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def _claims(folder: Path, claims: Sequence[takeaways.Claim] = takeaways.CLAIMS) -> str:
-    """Every claim on the OOD tests, a row each, a column per setting: result and difference with its interval."""
-    rows = takeaways.claim_table(tables.read(folder), claims)
-    rows = rows[rows["split"] == SPLITS["ood_test"]]
-    rows["cell"] = rows["result"] + ": " + rows["difference"].str.partition(", p ")[0]
-    cells = rows.pivot(index="claim", columns="setting", values="cell").reindex(rows["claim"].unique())
-    return tables.markdown(cells.fillna("").reset_index())
-
-
-def _hypotheses(folder: Path) -> str:
-    return _claims(folder, takeaways.HYPOTHESES)
 
 
 def _results(folder: Path, splits: Sequence[str] = tables.TEST_SPLITS) -> str:
@@ -38,18 +29,31 @@ def _ood(folder: Path) -> str:
     return _results(folder, ["ood_test"])
 
 
-def _environments(folder: Path) -> str:
-    found = tables.read(folder)
-    return "\n\n".join(takeaways.diagnostics_takeaway(found, setting) for setting in tables.settings(found))
+def _studies(figures: Path) -> dict[str, tables.Tables]:
+    """The tables that the verdict notebook reads by default, as far as they are published."""
+    names = [Path(path).name for path in declared_in(NOTEBOOKS / "19_verdict.ipynb")["tables"]]
+    return {name: tables.read(figures / name) for name in names if (figures / name / "metrics.csv").exists()}
 
 
-PARTS = {
-    "claims": _claims,
-    "hypotheses": _hypotheses,
-    "results": _results,
-    "ood": _ood,
-    "environments": _environments,
-}
+def _verdict(figures: Path) -> str:
+    """Every statement with its verdict and the results of its tests."""
+    studies = _studies(figures)
+    rows = pd.concat(verdict.counts(group, studies) for group in (verdict.PAPER, verdict.DYNAMICPO, verdict.OWN))
+    return tables.markdown(rows)
+
+
+def _decisive(figures: Path) -> str:
+    return tables.markdown(overview.decisive(_studies(figures), overview.DECISIVE))
+
+
+def _notebooks(figures: Path) -> str:
+    """Every notebook, linked from the README's folder, with its question."""
+    rows = overview.notebook_map(figures=figures)[["notebook", "question"]]
+    return tables.markdown(rows.assign(notebook=rows["notebook"].str.replace("](", "](notebooks/", regex=False)))
+
+
+PARTS = {"results": _results, "ood": _ood}
+ALL = {"verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 
 
 def filled(text: str, figures: Path) -> str:
@@ -62,11 +66,12 @@ def filled(text: str, figures: Path) -> str:
     """
 
     def fill(match: re.Match[str]) -> str:
-        folder, part = figures / match["study"], match["part"]
-        if part not in PARTS:
-            raise StudyError(f"the README's marker {match[1].strip()!r} names no part: choose from {', '.join(PARTS)}")
-        if not (folder / "metrics.csv").exists():
+        whole = match["study"] == "all"
+        folder, parts = (figures, ALL) if whole else (figures / match["study"], PARTS)
+        if match["part"] not in parts:
+            raise StudyError(f"the README's marker {match[1].strip()!r} names no part: choose from {', '.join(parts)}")
+        if not whole and not (folder / "metrics.csv").exists():
             return match[0]
-        return f"{match[1]}{PARTS[part](folder)}\n{match[4]}"
+        return f"{match[1]}{parts[match['part']](folder)}\n{match[4]}"
 
     return PART.sub(fill, text)

@@ -6,6 +6,7 @@ import pytest
 from fabricated import setting
 
 from causaldpo_lib import readme, tables
+from causaldpo_lib.book import in_order
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import FIGURES, ROOT
 
@@ -13,15 +14,16 @@ from causaldpo_lib.paths import FIGURES, ROOT
 def test_readme_is_what_the_tracked_tables_give():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.filled(text, FIGURES) == text, "run `make publish STUDY=baselines`"
-    for part, start in (("claims", "|"), ("hypotheses", "|"), ("ood", "**")):
-        assert f"<!-- baselines {part} -->\n{start}" in text
+    for marker, start in (("all verdict", "| statement"), ("all decisive", "| setting"), ("baselines ood", "**")):
+        assert f"<!-- {marker} -->\n{start}" in text
+    assert {f"(notebooks/{path.name})" for path in in_order()} <= set(re.findall(r"\(notebooks/[^)]*\)", text))
 
 
 def test_parts_are_filled_from_tables_and_unfinished_studies_left_alone(tmp_path):
     (tmp_path / "some").mkdir()
     for name, table in tables.collect_jobs(setting(tmp_path / "runs", "ml-100k-popularity")).items():
         table.to_csv(tmp_path / "some" / f"{name}.csv", index=False)
-    text = "a\n<!-- some results -->\nstale\n<!-- end -->\n<!-- none claims -->\nkept\n<!-- end -->\n"
+    text = "a\n<!-- some results -->\nstale\n<!-- end -->\n<!-- none ood -->\nkept\n<!-- end -->\n"
     found = readme.filled(text, tmp_path)
     assert "stale" not in found and "kept" in found and "**ml-100k-popularity, OOD test**" in found
     assert readme.filled(found, tmp_path) == found
