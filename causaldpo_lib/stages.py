@@ -482,6 +482,8 @@ def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int
     )
     if "environment" in sample:
         table["true_environment"] = sample["environment"].to_numpy()[shown]
+    if "time" in sample:
+        table["period"] = periods(sample, items)[shown]
     table.to_csv(folder / "points.csv", index=False, float_format="%.4f")
     return {**inference.diagnostics(memberships), **_agreement(labels, sample, items), "prompts": len(sample)}
 

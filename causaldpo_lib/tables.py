@@ -454,6 +454,14 @@ def slope_table(tables: Tables, setting: str, split: str) -> Frame:
     return pd.DataFrame(lines)
 
 
+def slopes_by_method(tables: Tables, setting: str, grouping: str) -> Frame:
+    """Slopes of NDCG over groups or periods for a forest plot: name, method, split, mean, low, high (points a step)."""
+    rows = select(tables["slopes"], setting=setting, grouping=grouping)
+    points = 100 * rows[["slope", "low", "high"]].rename(columns={"slope": "mean"})
+    names = rows["method"].map(lambda method: look(method).label).rename("name")
+    return pd.concat([names, rows[["method", "split"]], points], axis=1)
+
+
 def selection_text(tables: Tables, rule: str) -> str:
     """The rule of a model selection and what it chooses, for the line above a table."""
     rows = pd.concat([tables["validation"], tables["metrics"]], ignore_index=True)
@@ -481,6 +489,12 @@ def diagnostics_table(tables: Tables, setting: str) -> Frame:
     }
     table = pd.DataFrame(columns).rename_axis("mean over seeds")
     return table[(table != "").any(axis=1)]
+
+
+def blocks(table: Frame, columns: int = 8) -> list[Frame]:
+    """A table of text cells in parts of at most ``columns`` columns, each without its empty rows: none is cut short."""
+    parts = [table.iloc[:, start : start + columns] for start in range(0, table.shape[1], columns)]
+    return [part[(part != "").any(axis=1)] for part in parts]
 
 
 def markdown(table: Frame) -> str:

@@ -120,6 +120,18 @@ def test_differences_show_no_effect():
     assert "points" in ax.get_xlabel()
 
 
+@pytest.mark.parametrize(("more", "panels"), [([], 1), (["group"], 2), (["true_environment", "period"], 3)])
+def test_maps_have_a_panel_a_known_colouring(more, panels):
+    points = pd.DataFrame(
+        {"umap_x": [0.0, 1], "umap_y": [0.0, 1], **{key: ["a", "b"] for key in ["environment", *more]}}
+    )
+    fig = plots.umap_maps(points, "title")
+    shown = [ax for ax in fig.axes if ax.axison]
+    assert len(shown) == panels
+    assert [ax.get_title() for ax in shown] == [plots.POINTS[by] for by in plots.POINTS if by in points]
+    plt.close(fig)
+
+
 def test_umap_shows_every_point_once_under_its_value():
     points = pd.DataFrame({"umap_x": [0.0, 1, 2, 3], "umap_y": [0.0, 1, 2, 3], "environment": [-1, 0, 1, 1]})
     ax = plots.umap_points(ax_of(plots.panels()), points, "environment")
@@ -202,15 +214,22 @@ def test_reading_notebook_draws_and_explains_every_setting(notebook, executed):
         assert any(stem.endswith(name) for stem in images)
 
 
-def test_results_notebook_shows_outcomes_lists_slopes_and_periods(executed):
+def test_group_notebook_shows_slopes_and_periods(executed):
+    images, shown = executed("07_group_wise_analysis")
+    assert {"ndcg-slopes-simulated-environment", "ndcg-times-simulated-environment"} <= images
+    columns = {column for thing in shown if isinstance(thing, pd.DataFrame) for column in thing}
+    assert {"T5 (24)", "NDCG@10 over groups of equal training mass"} <= columns
+    assert any("T1 to T5." in thing.data for thing in shown if hasattr(thing, "data"))
+
+
+def test_results_notebook_shows_outcomes_and_lists(executed):
     images, shown = executed("08_results_tables")
     for name in ("simulated-environment", "ml-100k-popularity"):
         assert any(stem.endswith(name) for stem in images)
     columns = {column for thing in shown if isinstance(thing, pd.DataFrame) for column in thing}
-    assert {"outcome", "p (McNemar)", "MRR@10 %", "ORRatio@10 %", "popularity lift@10 %", "T5 (24)"} <= columns
-    assert "NDCG@10 over groups of equal training mass" in columns
+    assert {"outcome", "p (McNemar)", "MRR@10 %", "ORRatio@10 %", "popularity lift@10 %"} <= columns
     texts = [thing.data for thing in shown if hasattr(thing, "data")]
-    assert any("T1 to T5." in text for text in texts) and any("Against a margin of" in text for text in texts)
+    assert any("Against a margin of" in text for text in texts)
 
 
 def test_published_numbers_notebook_compares_the_settings_that_share_a_shift(executed):

@@ -615,6 +615,12 @@ def test_one_seed_has_no_interval_over_seeds(one_setting):
     assert re.fullmatch(r"\d+\.\d\d", found.loc["DPO", "ORRatio@10 %"])
 
 
+def test_blocks_hold_every_column_once_and_no_empty_row():
+    table = pd.DataFrame({"a": ["1", ""], "b": ["2", ""], "c": ["", "3"]}, index=["x", "y"])
+    first, second = tables.blocks(table, columns=2)
+    assert first.to_dict() == {"a": {"x": "1"}, "b": {"x": "2"}} and second.to_dict() == {"c": {"y": "3"}}
+
+
 def test_diagnostics_table_has_means_per_method(folder):
     table = tables.diagnostics_table(tables.read(folder), NAMES[0])
     assert table.loc["environments", "CausalDPO"] == "4" and table.loc["environments", "DPO"] == ""
