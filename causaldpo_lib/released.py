@@ -5,6 +5,8 @@ loss and its gradient. Research code often differs from its paper in such ways; 
 read as the paper's method. Each departure is a pair in ``DEPARTURES``: what the published code does and what the paper,
 or the evident intention, has in its place. Of the rest, which cannot be switched: g and the centres get no gradient
 (every path to them is cut by a cast or a comparison), and several negatives of a prompt are separate pairs.
+
+The last section does the same for the published evaluation, which no trained model is needed to see.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from sklearn.cluster import DBSCAN
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from causaldpo_lib.environments import soft_memberships
 from causaldpo_lib.errors import pick
+from causaldpo_lib.metrics import hits
 from causaldpo_lib.mmd import mmd_squared
 
 EPS, MIN_SAMPLES, ENVIRONMENTS = 0.5, 10, 2
@@ -218,7 +223,7 @@ def released_code_loss(
     reference: nn.Module,
     chosen: PairTokens,
     rejected: PairTokens,
-    projection: nn.Module,
+    projection: Callable[[Tensor], Tensor],
     generator: torch.Generator,
     beta: float = BETA,
     departures: Collection[str] = tuple(DEPARTURES),
@@ -248,6 +253,23 @@ def released_code_loss(
     Raises:
         StudyError: a departure is unknown.
     """
+    preference, mmd2, metrics = released_code_terms(
+        policy, reference, chosen, rejected, projection, generator, beta, departures
+    )
+    return preference + MMD_WEIGHT * mmd2, metrics
+
+
+def released_code_terms(
+    policy: nn.Module,
+    reference: nn.Module,
+    chosen: PairTokens,
+    rejected: PairTokens,
+    projection: Callable[[Tensor], Tensor],
+    generator: torch.Generator,
+    beta: float = BETA,
+    departures: Collection[str] = tuple(DEPARTURES),
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """The preference loss and the MMD^2 of ``released_code_loss`` before they are added, and its numbers."""
     for name in departures:
         pick(DEPARTURES, name, "departure")
     steps = {name: step.released if name in departures else step.paper for name, step in DEPARTURES.items()}
@@ -279,18 +301,22 @@ def released_code_loss(
     mmd2 = mmd_squared(torch.cat(outputs), torch.block_diag(*rows), MMD_BANDWIDTH)
     real = chosen.attention_mask.bool()
     counted = torch.stack([steps["labels"](copy.labels)[1] for copy in copies])
-    return preference + MMD_WEIGHT * mmd2, {
-        "preference_loss": preference.item(),
-        "mmd2": mmd2.item(),
-        "environments": len(risks),
-        "undefined_environments": int((~defined).sum()),
-        "feature_spread": torch.pdist(z).max().item() if len(z) > 1 else 0.0,
-        "shifted_ids": _share([copy.input_ids[real] != chosen.input_ids[real] for copy in copies]),
-        "attended": _share([copy.attention_mask[real] == 1 for copy in copies]),
-        "counted": counted.float().mean().item(),
-        "response_share": _share([chosen.labels != IGNORED]),
-        "clamped": _share([torch.stack(ratios).abs() > CLAMP]),
-    }
+    return (
+        preference,
+        mmd2,
+        {
+            "preference_loss": preference.item(),
+            "mmd2": mmd2.item(),
+            "environments": len(risks),
+            "undefined_environments": int((~defined).sum()),
+            "feature_spread": torch.pdist(z).max().item() if len(z) > 1 else 0.0,
+            "shifted_ids": _share([copy.input_ids[real] != chosen.input_ids[real] for copy in copies]),
+            "attended": _share([copy.attention_mask[real] == 1 for copy in copies]),
+            "counted": counted.float().mean().item(),
+            "response_share": _share([chosen.labels != IGNORED]),
+            "clamped": _share([torch.stack(ratios).abs() > CLAMP]),
+        },
+    )
 
 
 def sequence_logps(
@@ -299,9 +325,50 @@ def sequence_logps(
     """Summed log-probabilities (B,) of the labels that count, and the float32 logits (B, L, V)."""
     logits = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).logits.float()
     targets, counted = targets_of(tokens.labels[:, 1:])
-    token_logps = -F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
+    token_logps = -F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return (token_logps * counted).sum(1), logits
 
 
 def _share(parts: Sequence[Tensor]) -> float:
     return torch.stack([part.float() for part in parts]).mean().item()
+
+
+# --- The published evaluation ---
+
+
+def stripped_answer(text: str) -> str:
+    """What the published inference keeps of a generated title: no ``!@#$%^&*{}``, nothing from the first full stop on,
+    and of the rest nothing from the first comma on. Catalogue titles are not treated alike."""
+    kept = " ".join("".join(letter for letter in text if letter not in "!@#$%^&*{}").split())
+    return kept.split(".")[0].split(",")[0]
+
+
+def embedded_text(prediction: str | Sequence[str]) -> str:
+    """What the published evaluation embeds of a prediction: its element 0, to the first line break.
+
+    The evaluation expects a list of texts. The published inference stores one text, whose element 0 is its first
+    character. Nothing at all becomes "NAN". (A title in double quotes is looked for first; no character holds one.)
+    """
+    return prediction[0].split("\n", 1)[0] if len(prediction) else "NAN"
+
+
+def carried_or_ratios(items: ArrayLike, cutoffs: Sequence[int] = (10, 20), top: int = 3) -> dict[int, float]:
+    """ORRatio at each of ``cutoffs`` when the number of lists (N, >= k) counted so far is carried on to the next.
+
+    The first is ``metrics.or_ratio``; the second is that divided by 2, a third would be divided by 3.
+    """
+    shown, counted, found = np.asarray(items), 0, {}
+    for k in cutoffs:
+        counted += len(shown)
+        slots = np.unique(shown[:, :k], return_counts=True)[1]
+        found[k] = float(np.sort(slots)[-top:].sum() / (k * counted))
+    return found
+
+
+def hit_rate_over_all(ranks: ArrayLike, listed: ArrayLike, k: int) -> float:
+    """HR@k when examples whose target is not ``listed`` (N,) in the catalogue are skipped, but divided by as well.
+
+    Over the listed alone it is ``metrics.hit_rate_at_k(ranks[listed], k)``; this is that times their share.
+    """
+    known = np.asarray(listed, dtype=bool)
+    return float(hits(np.asarray(ranks, dtype=float)[known], k).sum() / len(known))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from causaldpo_lib import backbone, environments, mmd, packing, pairs, pipeline, prompts, stages
 from causaldpo_lib.causal import Regulariser, causal_loss
 from causaldpo_lib.losses import LogProbs
-from causaldpo_lib.released import DEPARTURES, pad_pairs, released_code_loss
+from causaldpo_lib.released import DEPARTURES, PairTokens, pad_pairs, released_code_loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,12 +353,18 @@ def shrunk_rewards(chosen: Tensor, rejected: Tensor, memberships: Tensor, scales
     return pd.DataFrame(rows)
 
 
-def released_table(found: Pairs, index: Sequence[int], seed: int) -> pd.DataFrame:
-    """What the published trainer's objective makes of the pairs ``index``: as released, with the last prompt state for
-    features, and with all departures undone; a row each, the columns are ``released_code_loss``'s numbers."""
+def padded(found: Pairs, index: Sequence[int]) -> tuple[PreTrainedModel, PreTrainedModel, PairTokens, PairTokens]:
+    """Copies of policy and reference on the CPU, and the pairs ``index`` as the published collator pads them."""
     ids, answers = found.tokens(index)
     chosen, rejected = (pad_pairs(ids, side, found.tokenizer.pad_token_id) for side in zip(*answers, strict=True))
     policy, reference = (copy.deepcopy(model).cpu().eval() for model in (found.policy, found.reference))
+    return policy, reference, chosen, rejected
+
+
+def released_table(found: Pairs, index: Sequence[int], seed: int) -> pd.DataFrame:
+    """What the published trainer's objective makes of the pairs ``index``: as released, with the last prompt state for
+    features, and with all departures undone; a row each, the columns are ``released_code_loss``'s numbers."""
+    policy, reference, chosen, rejected = padded(found, index)
     projection = environments.BatchEnvironments(found.states.shape[1], seed=seed).projection
     kept = {"as released": set(DEPARTURES), "last prompt state": set(DEPARTURES) - {"features"}, "all undone": set()}
     rows = {}

@@ -1,12 +1,17 @@
 """The published trainer's objective: the consequence of each departure, and what is left when all are switched off."""
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from conftest import small_model
 from torch import nn
 
-from causaldpo_lib import released
-from causaldpo_lib.environments import soft_memberships
+from causaldpo_lib import departures, metrics, plots, released
+from causaldpo_lib.environments import EnvironmentInference, soft_memberships
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.losses import LogProbs, dpo_loss
 from causaldpo_lib.mmd import mmd_squared
@@ -191,3 +196,227 @@ def test_memberships_that_underflow_are_left_out_and_counted(models, batch):
 def test_unknown_departures_are_named(models, batch):
     with pytest.raises(StudyError, match="unknown departure 'labls' \\(did you mean 'labels'"):
         released_code_loss(*models, *batch, projection(), torch.Generator(), departures=["labls"])
+
+
+# The published evaluation
+
+
+def test_answers_are_cut_at_full_stops_and_commas():
+    assert released.stripped_answer("Lantern, The") == "Lantern"
+    assert released.stripped_answer("Dr. Marrow's  House") == "Dr"
+    assert released.stripped_answer("Stop! {The} Train") == "Stop The Train"
+    assert released.stripped_answer("Paper Moon") == "Paper Moon"
+
+
+def test_a_text_where_a_list_is_expected_is_embedded_by_its_first_character():
+    assert released.embedded_text("Paper Moon") == "P"
+    assert released.embedded_text(["Paper Moon\nbecause"]) == "Paper Moon"
+    assert released.embedded_text("") == released.embedded_text([]) == "NAN"
+
+
+def test_a_counter_that_is_carried_on_divides_by_the_number_of_cutoffs_so_far():
+    lists = np.random.default_rng(0).integers(0, 30, (7, 20))
+    found = released.carried_or_ratios(lists, (5, 10, 20))
+    for place, (k, value) in enumerate(found.items(), 1):
+        assert value == pytest.approx(metrics.or_ratio(lists, k) / place)
+
+
+def test_skipped_examples_lower_the_hit_rate_by_their_share():
+    ranks, listed = [0, 3, 50, 2], [True, True, True, False]
+    assert released.hit_rate_over_all(ranks, listed, 10) == 2 / 4
+    known = metrics.hit_rate_at_k([0, 3, 50], 10)
+    assert released.hit_rate_over_all(ranks, listed, 10) == pytest.approx(known * 3 / 4)
+
+
+# What each departure does
+
+
+@pytest.fixture(scope="module")
+def table(models, batch):
+    chosen, rejected = batch
+    return departures.departure_table(*models, chosen, rejected, projection(), seed=0, beta=0.7)
+
+
+def test_rows_are_the_loss_with_one_departure_on_or_off(models, batch, table):
+    assert len(table) == 2 + 2 * len(departures.GROUPS)
+    assert set().union(*departures.GROUPS.values()) == set(DEPARTURES)
+    by = table.set_index(["departure", "side"])
+    for name, side, without in (
+        ("none", "paper", list(DEPARTURES)),
+        ("all", "released", []),
+        ("zeroed labels", departures.REPAIRED, ["labels"]),
+        ("averaged ids", departures.ONLY, [d for d in DEPARTURES if d not in ("aggregation", "cast")]),
+    ):
+        loss, metrics_ = run(models, batch, without, beta=0.7)
+        assert by.loc[(name, side), "loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert by.loc[(name, side), "mmd2"] == pytest.approx(metrics_["mmd2"], abs=1e-7)
+
+
+def test_cosines_and_lengths_are_those_of_the_whole_gradient(models, batch, table):
+    def gradient(without):
+        loss, _ = run(models, batch, without, beta=0.7)
+        models[0].zero_grad()
+        loss.backward()
+        found = torch.cat([p.grad.flatten().double() for p in models[0].parameters()])
+        models[0].zero_grad()
+        return found
+
+    theirs, ours = gradient(()), gradient(DEPARTURES)
+    row = table[table["side"] == "released"].iloc[0]
+    assert row["cosine"] == pytest.approx(torch.cosine_similarity(theirs, ours, dim=0).item(), abs=1e-4)
+    assert row["length"] == pytest.approx((theirs.norm() / ours.norm()).item(), rel=1e-3)
+    paper = table[table["side"] == "paper"].iloc[0]
+    assert paper["cosine"] == pytest.approx(1) and paper["length"] == 1 and paper["penalty_cosine"] == pytest.approx(1)
+
+
+def test_the_table_shows_what_each_departure_does(table):
+    alone = table[table["side"] == departures.ONLY].set_index("departure")
+    paper = table[table["side"] == "paper"].iloc[0]
+    assert alone.loc["first-token features", "environments"] == 1  # one environment: nothing to compare
+    assert np.isnan(alone.loc["first-token features", "penalty_cosine"])
+    assert alone.loc["copies for environments", "mmd2"] == pytest.approx(0, abs=1e-6) and paper["mmd2"] > 1e-3
+    assert alone.loc["zeroed labels", "cosine"] < 0.9
+    assert alone.loc["clamp", "cosine"] == pytest.approx(1) or alone.loc["clamp", "clamped"] > 0
+
+
+def test_part_way_begins_at_the_reference_and_ends_at_the_policy(models):
+    policy, reference = models
+    for share, end in ((0.0, reference), (1.0, policy)):
+        moved = departures.part_way(reference, policy, share)
+        for mine, theirs in zip(moved.parameters(), end.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_dense_batches_have_two_clusters_for_dbscan_as_published():
+    generator = torch.Generator().manual_seed(0)
+    places = 8 * torch.randn(3, 6, generator=generator)
+    states = torch.cat([place + 0.3 * torch.randn(60, 6, generator=generator) for place in places])
+    inference = EnvironmentInference(seed=0).fit(states)
+    allowed = np.arange(180) % 2 == 0
+    for found in departures.dense_batches(inference, states, 12, 2, allowed):
+        assert len(found.rows) == 24 and allowed[found.rows.numpy()].all()
+        assert len(released.found_centres(found.projection(states[found.rows]), generator)) == 2
+    with pytest.raises(StudyError, match="at least 10"):
+        departures.dense_batches(inference, states, 9, 1)
+
+
+@pytest.mark.parametrize("size", [4, 9, 10, 24])
+def test_core_points_by_counting_neighbours(size):
+    z = torch.randn(40, 3, generator=torch.Generator().manual_seed(3)) * 0.3
+    row = departures.core_points({"z": z}, [size], seed=1, batches=5).iloc[0]
+    generator, shares = torch.Generator().manual_seed(1), []
+    for _ in range(5):
+        part = z[torch.randperm(40, generator=generator)[:size]]
+        shares.append(((torch.cdist(part, part) <= 0.5).sum(1) >= 10).float().mean().item())
+    assert row["core"] == pytest.approx(np.mean(shares), abs=1e-6)
+    assert (row["core"] == 0) if size < 10 else (size == 10 or row["core"] > 0)
+
+
+def test_rounding_changes_ids_by_one_and_attention_all_or_nothing(batch):
+    found = departures.rounding_table(batch[0], seed=0, draws=30)
+    assert found["lowest"].isin([0, -1]).all() and 0 < found["shifted"].mean() < 0.6
+    assert found["attended"].min() < 0.5 and found["attended"].max() == 1
+    whole = torch.ones(16, 16, dtype=torch.long)  # whole vector registers, as above
+    found = departures.rounding_table(released.PairTokens(5 * whole, whole, whole), seed=0, draws=30)
+    assert set(found["attended"]) == {0.0, 1.0}
+
+
+def test_the_cast_and_the_comparison_end_every_gradient_path(batch):
+    reached = departures.gradient_reaches(batch[0])
+    assert list(reached.values()) == [True, False, False]
+
+
+def test_log_ratios_of_every_position_are_clamped_sooner(models, batch):
+    policy, reference = models
+    found = departures.log_ratio_table(policy, reference, *batch)
+    spread = found.groupby("variant")["log_ratio"].std()
+    assert spread["every position"] > spread["response tokens"]
+    assert (found["clamped"] == (found["log_ratio"].abs() > 10)).all()
+    start = departures.clamped_on_the_way(policy, reference, *batch, shares=(0.0, 1.0))
+    assert (start.loc[start["moved"] == 0, "clamped"] == 0).all()
+    ends = start[start["moved"] == 1].set_index("variant")["clamped"]
+    assert ends["every position"] == found[found["variant"] == "every position"]["clamped"].mean()
+
+
+def test_slopes_are_the_formula_inside_the_clamp_and_zero_outside():
+    found = departures.clamp_slopes([-20, -5, 5, 20], beta=0.3)
+    expected = [0.3 / (1 + np.exp(0.3 * h)) for h in (-20, -5, 5, 20)]
+    np.testing.assert_allclose(found[found["variant"] == "Eq. 1"]["slope"], expected)
+    np.testing.assert_allclose(found[found["variant"] == "clamped"]["slope"], [0, *expected[1:3], 0])
+
+
+def test_kernels_are_those_of_the_two_outputs(models, batch):
+    found = departures.kernel_pair(*models, batch[0], beta=0.7)
+    logits = models[0](input_ids=batch[0].input_ids, attention_mask=batch[0].attention_mask).logits.mean(1)
+    expected = torch.exp(-torch.cdist(logits.double(), logits.double()).square() / 2)
+    np.testing.assert_allclose(found.matrices["mean logits, width 1"], expected.detach(), atol=1e-4)
+    rewards = found.matrices["rewards, median width"]
+    assert (rewards.diagonal() == 1).all() and 0.5 < found.values["rewards, median width"] < 0.7  # e^-1/2 at the median
+
+
+def test_reductions_differ_by_the_number_of_pairs_and_the_root():
+    generator = torch.Generator().manual_seed(0)
+    rewards, memberships = torch.randn(20, generator=generator), torch.rand(20, 4, generator=generator).softmax(1)
+    found = departures.reduction_table(rewards, memberships, 1.0)
+    assert list(found["environments"]) == [2, 3, 4]
+    pairs = found["environments"] * (found["environments"] - 1)
+    np.testing.assert_allclose(found["ordered sum of MMD²"], pairs * found["mean of MMD²"], rtol=1e-4)
+    assert found["ordered sum of MMD"][0] == pytest.approx(2 * found["mean of MMD²"][0] ** 0.5, rel=1e-4)
+
+
+def test_grounding_by_first_characters_reaches_few_titles():
+    titles = [f"{initial}{number}" for initial in "abc" for number in range(20)]
+
+    def encode(texts):
+        return torch.tensor([[float(ord(letter)) for letter in text.ljust(3)[:3]] + [1.0] for text in texts])
+
+    whole = departures.grounded_ranks(titles, titles, encode)
+    first = departures.grounded_ranks(titles, [released.embedded_text(title) for title in titles], encode)
+    assert metrics.hit_rate_at_k(whole, 10) == 1
+    reachable = departures.reachable_share(3, len(titles), 10)
+    assert reachable == 0.5 and metrics.hit_rate_at_k(first, 10) <= reachable
+    assert departures.article_last("The Lantern") == "Lantern, The" and departures.article_last("Then") == "Then"
+
+
+def test_equal_distances_share_their_mean_rank():
+    ranks = departures.grounded_ranks(["a", "b", "c"], ["x", "x", "x"], lambda texts: torch.ones(len(texts), 2))
+    assert ranks.tolist() == [1.0, 1.0, 1.0]
+
+
+# The cards
+
+
+def test_every_departure_has_one_card():
+    rows = sorted(row for found in departures.CARDS.values() for row in found.rows)
+    assert rows == list(range(1, departures.LAST_ROW + 1))
+    assert len(departures.card_table(True)) + len(departures.card_table(False)) == len(departures.CARDS)
+    for name, found in departures.CARDS.items():
+        assert found.title in departures.card(name) and found.remedy in departures.remedies()
+    with pytest.raises(StudyError, match="did you mean 'labels'"):
+        departures.card("labls")
+
+
+def test_sentences_follow_the_numbers(table):
+    shown = table.assign(batch=0, policy="early")
+    said = departures.gradient_takeaway(shown)
+    assert f"cosine {shown.loc[shown['side'] == 'released', 'cosine'].item():.2f}" in said
+    assert "first-token features" in departures.penalty_takeaway(shown)
+    dead = shown.assign(cosine=shown["cosine"].where(shown["side"] != departures.REPAIRED))
+    assert "no gradient is left at all" in departures.gradient_takeaway(dead)
+    assert "cannot be credited" in departures.reading(shown.assign(penalty_share=0.0), 1.0, 0.1, 10)
+    assert "rounding damage" in departures.reading(shown.assign(penalty_share=0.5), 1.0, 0.1, 10)
+    spread = shown.assign(feature_spread=1.0)
+    assert "They differ" in departures.reading(spread, 1.0, 0.1, 10)
+
+
+def test_figures_show_the_values_they_are_given(table):
+    _, axes = plots.panels()
+    ax = plots.gradient_cosines(axes[0, 0], table)
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(departures.GROUPS)
+    means = table[table["side"] == departures.ONLY]["cosine"].to_numpy()
+    large = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    np.testing.assert_allclose(sorted(large), sorted(means[np.isfinite(means)]))
+    curve = departures.core_points({"z": torch.zeros(30, 2)}, [8, 16], seed=0, batches=2)
+    ax = plots.core_point_curves(plots.panels()[1][0, 0], curve, {"default": 8})
+    assert [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"] == [[0, 100]]
+    plt.close("all")
