@@ -437,10 +437,10 @@ def selection_takeaway(tables: Tables, setting: str, known: Parameters) -> str:
             )
         means = select(tables["metrics"], setting=setting, split="ood_test", metric=PRIMARY).set_index("method")["mean"]
         both = "by log-probability and by NDCG" if fit == ndcg else "by log-probability"
-        other = "" if fit == ndcg else f", by NDCG {look(ndcg).label}"
-        missed = f"{look(oracle).label} is {means[oracle] - means[fit]:.2f} nats better there"
-        end = "which is also best on the OOD test" if fit == oracle else f"while {missed}"
-        said.append(f"- {search}: {look(fit).label} {both}{other}, {end}.")
+        other = "" if fit == ndcg else f", {look(ndcg).label} by NDCG"
+        missed = f"on the OOD test {look(oracle).label} is {means[oracle] - means[fit]:.2f} nats better"
+        end = "also best on the OOD test" if fit == oracle else missed
+        said.append(f"- {search}: {look(fit).label} {both} ({end}){other}.")
     if not said:
         return f"**Takeaway.** *{setting}.* The study varies no hyper-parameter that a rule could choose."
     none = _without_penalty(tables, setting, known)
@@ -502,7 +502,7 @@ def verdict(tables: Tables, known: Parameters) -> str:
         inferred = f" Inferred against shuffled environments: {control.word} ({control.size})." if control else ""
         said.append(
             f"- *{setting}*, OOD test, log-probability of the target: of {count} comparisons detected changes in "
-            f"{'; '.join(moved) or 'none'}; none in {'; '.join(still) or 'no other axis'}. The means lie farthest "
+            f"{'; '.join(moved) or 'none'}{'; none in ' * bool(still)}{'; '.join(still)}. The means lie farthest "
             f"apart along: {widest['name']}, {widest['high'] - widest['low']:.2f} nats (untested).{inferred}"
         )
     return "\n".join(["**Takeaway.**", "", *said])

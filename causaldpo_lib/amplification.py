@@ -2,8 +2,9 @@
 
 Two causes are told apart (arXiv 2603.22335, Section 3.1, names the first only). A *confounder*: environments that push
 the same items in many histories; its strength is known on simulated data. The *negative sampler*: with rejected items
-drawn from q, DPO's optimum is ref(y) (p(y|x) / q(y|x))^(1/beta), so that uniform negatives sharpen popularity, and
-negatives in proportion to popularity take it out, with or without a confounder.
+drawn from q, DPO's optimum is ref(y) (p(y|x) / q(y|x))^(1/beta). Uniform negatives so sharpen every prompt's
+distribution, confounded or not; whether popular items gain by it over all prompts depends on how much their prompts
+already agree. Negatives in proportion to popularity divide it out.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ STEPS = (  # what the alignment changes, and what is changed about it
     ("shuffled", "dpo"),
     ("causal_negatives", "dpo"),
 )
-UNCHANGED = "no detectable change"
 
 
 def strengths(study: str) -> dict[str, float]:

@@ -377,8 +377,7 @@ def _cosine(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def part_way(reference: nn.Module, policy: nn.Module, share: float) -> nn.Module:
-    """A model whose parameters are ``share`` of the way from the reference's to the policy's: 0 is where training "
-    "starts."""
+    """A model whose parameters are ``share`` of the way from the reference's to the policy's: 0 is where it starts."""
     moved = copy.deepcopy(policy)
     for parameter, start in zip(moved.parameters(), reference.parameters(), strict=True):
         parameter.copy_(start + share * (parameter - start))
@@ -463,8 +462,7 @@ def log_ratio_table(policy: nn.Module, reference: nn.Module, chosen: PairTokens,
 def clamped_on_the_way(
     policy: nn.Module, reference: nn.Module, chosen: PairTokens, rejected: PairTokens, shares: Sequence[float]
 ) -> pd.DataFrame:
-    """The share of log-ratios beyond the clamp for models ``part_way`` to the policy: columns variant, moved, "
-    "clamped."""
+    """The share of log-ratios beyond the clamp for models ``part_way`` to the policy: variant, moved, clamped."""
     found = [
         log_ratio_table(part_way(reference, policy, share), reference, chosen, rejected).assign(moved=share)
         for share in shares
@@ -563,8 +561,7 @@ def reachable_share(initials: int, titles: int, k: int) -> float:
 
 
 def gradient_takeaway(table: pd.DataFrame) -> str:
-    """What the gradients of ``departure_table`` come to, several batches and policies (column ``policy``), in "
-    "Markdown."""
+    """What the gradients of ``departure_table`` come to, over batches and policies (column ``policy``), in Markdown."""
     said = []
     for policy, rows in table.groupby("policy", sort=False):
         means = rows.groupby(["departure", "side"], sort=False)[["cosine", "length"]].mean()
@@ -630,8 +627,8 @@ def reading(table: pd.DataFrame, whole: float, first: float, k: int) -> str:
         ),
         f"**Environments.** Features of different histories are at most {spread:.2g} apart. "
         + ("Environments cannot depend on histories." if spread < 1e-4 else "They differ, if little."),
-        f"**β.** The loss is that of β = {released.BETA:g} whatever is asked for: a curve over β shows noise, or "
-        f"other code.",
+        f"**β.** The loss is that of β = {released.BETA:g} whatever is asked for: made with this code, a curve "
+        f"over β does not show an effect of β.",
         f"**The preference loss.** Its gradient has cosine {cosine:.2f} with that of DPO as printed: "
         + ("a run moves partly" if cosine > 0.05 else "a run hardly moves")
         + " the way that the equation says, by a share that depends on how far training has come.",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from causaldpo_lib.book import GROUPS, group, in_order
+from causaldpo_lib.book import GROUPS, START, group, in_order
 from causaldpo_lib.errors import StudyError
+from causaldpo_lib.evaluation import share_metric
 from causaldpo_lib.paths import FIGURES, NOTEBOOKS
 from causaldpo_lib.pipeline import STAGES
 from causaldpo_lib.plots import SPLITS
@@ -19,7 +20,16 @@ from causaldpo_lib.tables import Tables
 from causaldpo_lib.takeaways import CLAIMS, HYPOTHESES, Claim, claim_table
 
 # The comparisons that decide most: does alignment amplify, do environments matter, does the proposal help?
-DECISIVE = (CLAIMS[0], CLAIMS[-1], HYPOTHESES[2])
+DECISIVE = tuple(
+    claim
+    for claim in (*CLAIMS, *HYPOTHESES)
+    if claim[1:4]
+    in (
+        (share_metric("mass", "G1"), "dpo", "sft"),
+        ("target_logp", "causal_dpo", "shuffled"),
+        ("target_logp", "causal_negatives", "dpo"),
+    )
+)
 TIMES = "notebooks.csv"  # in figures/: what ``make publish`` measured of each notebook at its defaults
 COLUMNS = ("notebook", "seconds", "device")
 
@@ -64,7 +74,7 @@ def study_times(figures: Path = FIGURES) -> pd.DataFrame:
 
 
 def notebook_map(notebooks: Path = NOTEBOOKS, figures: Path = FIGURES) -> pd.DataFrame:
-    """Every notebook with its question, the time at its defaults, and in a published study on a CPU and on a GPU.
+    """Every notebook but ``START`` with its question, the time at its defaults, and in a study on a CPU and a GPU.
 
     Columns: part, notebook (a link), question, defaults, a run of a study (CPU), the same (GPU). Times come from what
     publishing measured; where nothing did, the cell says so.
@@ -74,7 +84,7 @@ def notebook_map(notebooks: Path = NOTEBOOKS, figures: Path = FIGURES) -> pd.Dat
     stages = {stage.notebook: name for name, stage in STAGES.items()}
     ranges = study_times(figures)
     lines = []
-    for notebook in in_order(notebooks):
+    for notebook in (path for path in in_order(notebooks) if path.stem != START):
         line = {
             "part": GROUPS[group(notebook)].partition(":")[0],
             "notebook": f"[{notebook.stem.replace('_', ' ')}]({notebook.name})",

@@ -36,10 +36,15 @@ def _studies(figures: Path) -> dict[str, tables.Tables]:
 
 
 def _verdict(figures: Path) -> str:
-    """Every statement with its verdict and the results of its tests."""
+    """Every statement, group by group, with its verdict and the results of its tests."""
     studies = _studies(figures)
-    rows = pd.concat(verdict.counts(group, studies) for group in (verdict.PAPER, verdict.DYNAMICPO, verdict.OWN))
-    return tables.markdown(rows)
+    found = {f"**{name}**": verdict.counts(group, studies) for name, group in verdict.GROUPS.items()}
+    heads = [pd.DataFrame([[name, *[""] * (rows.shape[1] - 1)]], columns=rows.columns) for name, rows in found.items()]
+    return tables.markdown(pd.concat([part for pair in zip(heads, found.values(), strict=True) for part in pair]))
+
+
+def _takeaway(figures: Path) -> str:
+    return verdict.takeaway(_studies(figures)).replace("**Takeaway.**", "**So far.**")
 
 
 def _decisive(figures: Path) -> str:
@@ -53,7 +58,7 @@ def _notebooks(figures: Path) -> str:
 
 
 PARTS = {"results": _results, "ood": _ood}
-ALL = {"verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
+ALL = {"takeaway": _takeaway, "verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 
 
 def filled(text: str, figures: Path) -> str:

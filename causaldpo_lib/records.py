@@ -1,4 +1,4 @@
-"""Small JSON files, written whole or not at all, and what a run records about where it came from."""
+"""Files as they are left and found: small JSON written whole or not at all, tables, and where a run came from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.paths import ROOT
+from causaldpo_lib.paths import NOTEBOOKS, ROOT, from_root
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "tokenizers", "numpy", "pandas", "scikit-learn")
 
@@ -78,3 +78,24 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")
+
+
+def folder_with(file: str, path: str | Path, command: str) -> Path:
+    """The folder at ``path`` that holds ``file``; a relative path is taken from ``notebooks/``, else from the root.
+
+    Raises:
+        StudyError: neither holds it; ``command`` makes it.
+    """
+    for folder in (NOTEBOOKS / path, from_root(path)):
+        if (folder / file).exists():
+            return folder.resolve()
+    raise StudyError(f"no {file} in {str(path)!r}: run `{command}` or give another folder")
+
+
+def write_tables(folder: Path, tables: Mapping[str, Any], digits: int = 6) -> list[Path]:
+    """Write data frames as ``<name>.csv`` with so many significant digits; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.csv" for name in tables]
+    for path, table in zip(paths, tables.values(), strict=True):
+        table.to_csv(path, index=False, float_format=f"%.{digits}g")
+    return paths

@@ -49,9 +49,8 @@ from causaldpo_lib.environments import (
     temperature_rule,
 )
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.paths import NOTEBOOKS, from_root
 from causaldpo_lib.pipeline import load_run
-from causaldpo_lib.records import shown
+from causaldpo_lib.records import folder_with, shown, write_tables
 from causaldpo_lib.released import EPS, MIN_SAMPLES
 from causaldpo_lib.stages import history_genres, history_groups, periods, true_environments
 from causaldpo_lib.tables import select
@@ -451,29 +450,15 @@ def _setting_rows(data: Any, fitted: Sequence[Any], limit: int) -> dict[str, lis
 
 def write(study: Any, limit: int = PROMPTS) -> list[Path]:
     """Collect a study's tables into ``results/<study>/``; returns the files."""
-    tables = collect(study, limit)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, table in tables.items():
-        paths.append(study.folder / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.6g")
-    return paths
+    return write_tables(study.folder, collect(study, limit))
 
 
 # --- reading them ---
 
 
 def tables_folder(path: str | Path) -> Path:
-    """The folder of the tables; a relative path is taken from ``notebooks/``, else from the root.
-
-    Raises:
-        StudyError: there is no recovery.csv.
-    """
-    for folder in (NOTEBOOKS / path, from_root(path)):
-        if (folder / "recovery.csv").exists():
-            return folder.resolve()
-    again = f"python -m causaldpo_lib.recovery {Path(path).name}"
-    raise StudyError(f"no recovery.csv in {str(path)!r}: run `{again}` or give another folder")
+    """A study's folder of tables (``records.folder_with``)."""
+    return folder_with("recovery.csv", path, f"python -m causaldpo_lib.recovery {Path(path).name}")
 
 
 def read(path: str | Path) -> dict[str, Frame]:

@@ -33,10 +33,10 @@ from causaldpo_lib.data import DATASETS, PROMPT_SETS, load_dataset, load_prompts
 from causaldpo_lib.data.options import options_of
 from causaldpo_lib.description import describe, describe_by_split, kind_of_shift, kinds_of_shift
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.paths import NOTEBOOKS, ROOT, data_folder, from_root
+from causaldpo_lib.paths import ROOT, data_folder
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import SPLITS as SPLIT_LABELS
-from causaldpo_lib.records import shown
+from causaldpo_lib.records import folder_with, shown, write_tables
 from causaldpo_lib.splits import SPLITS
 from causaldpo_lib.tables import histogram, select
 
@@ -157,12 +157,7 @@ def write(study: Any) -> list[Path]:
     missing = [name for name in TABLES if name not in tables]
     if missing:
         raise StudyError(f"study {study.name}: no setting could be split, see its reasons: mend or add a setting")
-    study.folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name in TABLES:
-        paths.append(study.folder / f"{name}.csv")
-        tables[name].to_csv(paths[-1], index=False, float_format="%.8g")
-    return paths
+    return write_tables(study.folder, {name: tables[name] for name in TABLES}, digits=8)
 
 
 def _with(key: Mapping[str, Any], table: Frame) -> Frame:
@@ -180,16 +175,8 @@ def _sentence(said: str) -> str:
 
 
 def tables_folder(path: str | Path) -> Path:
-    """The folder of a study's tables; a relative path is taken from ``notebooks/``, else from the root.
-
-    Raises:
-        StudyError: there is no datasets.csv.
-    """
-    for folder in (NOTEBOOKS / path, from_root(path)):
-        if (folder / "datasets.csv").exists():
-            return folder.resolve()
-    name = Path(path).name
-    raise StudyError(f"no datasets.csv in {str(path)!r}: run `make study STUDY={name}` or give another folder")
+    """A study's folder of tables (``records.folder_with``)."""
+    return folder_with("datasets.csv", path, f"make study STUDY={Path(path).name}")
 
 
 def read(path: str | Path) -> dict[str, Frame]:

@@ -55,10 +55,10 @@ from causaldpo_lib.evaluation import (
     time_rows,
 )
 from causaldpo_lib.evaluation import select as select_by_rule
-from causaldpo_lib.paths import NOTEBOOKS, RESULTS, from_root
+from causaldpo_lib.paths import RESULTS, from_root
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import GROUPINGS, SPLITS, look, metric_name, metric_scale, metric_unit
-from causaldpo_lib.records import shown
+from causaldpo_lib.records import folder_with, shown, write_tables
 
 MAIN_METRICS = ("target_logp", f"causal_NDCG@{K}", "HR@10", "NDCG@10")
 TEST_SPLITS = ("iid_test", "ood_test")
@@ -272,30 +272,15 @@ def training_rows(setting: str, jobs: Sequence[Any]) -> list[dict[str, Any]]:
 
 def write(study: Any) -> list[Path]:
     """Collect a study's tables into ``results/<study>/``; returns the files."""
-    tables = collect(study)
-    study.folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, table in tables.items():
-        paths.append(study.folder / f"{name}.csv")
-        table.to_csv(paths[-1], index=False, float_format="%.6g")
-    return paths
+    return write_tables(study.folder, collect(study))
 
 
 # --- reading the tables ---
 
 
 def tables_folder(path: str | Path) -> Path:
-    """A study's folder of tables; a relative path is taken from ``notebooks/``, else from the root.
-
-    Raises:
-        StudyError: there is no metrics.csv.
-    """
-    for folder in (NOTEBOOKS / path, from_root(path)):
-        if (folder / "metrics.csv").exists():
-            return folder.resolve()
-    raise StudyError(
-        f"no metrics.csv in {str(path)!r}: run `make study STUDY={Path(path).name}` or give another folder"
-    )
+    """A study's folder of tables (``records.folder_with``)."""
+    return folder_with("metrics.csv", path, f"make study STUDY={Path(path).name}")
 
 
 def figures_folder(figures: str | Path, tables: Path) -> Path:

@@ -508,9 +508,10 @@ HYPOTHESES = (
 
 
 def claim_table(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> Frame:
-    """Every claim wherever it can be tested: reproduced, contradicted, not detected, or, of these, equivalent.
+    """Every claim wherever it can be tested: reproduced, contradicted, not detected or equivalent.
 
-    The first two are about direction. ``equivalent``: no change is detected, and a change of the margin is refuted.
+    The first two are about direction. ``equivalent``: a change of the margin is refuted, detected or not, as
+    ``stats.outcome`` has it.
     """
     lines = []
     for claim in claims:
@@ -520,10 +521,10 @@ def claim_table(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> Frame:
                 if found is None:
                     continue
                 word = "not detected"
-                if found.word != "no detectable change":
-                    word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"
-                elif equivalence(tables, setting, split, *claim[1:4]) == "equivalent":
+                if equivalence(tables, setting, split, *claim[1:4]) == "equivalent":
                     word = "equivalent"
+                elif found.word != "no detectable change":
+                    word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"
                 key = {"claim": claim.text, "setting": setting, "split": SPLITS[split]}
                 lines.append({**key, "result": word, "difference": found.size})
     return pd.DataFrame(lines, columns=["claim", "setting", "split", "result", "difference"])
@@ -533,6 +534,6 @@ def unreproduced(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> str:
     """A Markdown list of the claims that the study contradicts, refutes or does not detect, with their intervals."""
     rows = claim_table(tables, claims)
     missing = rows[rows["result"] != "reproduced"]
-    count = f"{len(rows) - len(missing)} of {len(rows)} tested statements are reproduced."
+    count = f"{len(rows) - len(missing)} of {len(rows)} tests reproduce their statement."
     lines = [f"- {r.claim}: **{r.result}** on {r.setting}, {r.split} ({r.difference})." for r in missing.itertuples()]
     return "\n".join([f"**Takeaway.** {count}", "", *lines]).rstrip()

@@ -189,7 +189,7 @@ def test_unreproduced_lists_everything_that_is_not_reproduced():
     tables = made_up({(share_metric("mass", "G1"), "dpo", "sft"): UP})
     text = takeaways.unreproduced(tables)
     count = len(takeaways.CLAIMS) - 2
-    assert text.startswith(f"**Takeaway.** 1 of {count} tested statements are reproduced.")
+    assert text.startswith(f"**Takeaway.** 1 of {count} tests reproduce their statement.")
     assert text.count("\n- ") == count - 1 and "**not detected** on made-up, OOD test" in text
 
 
@@ -241,6 +241,8 @@ def test_a_claim_that_is_not_detected_can_be_refuted():
     found = takeaways.claim_table(with_equivalence(made_up(), 0.01))
     assert set(found["result"]) == {"equivalent"}
     found = takeaways.claim_table(with_equivalence(made_up(default=UP), 0.01))
+    assert set(found["result"]) == {"equivalent"}  # as stats.outcome: detected, and below the margin
+    found = takeaways.claim_table(with_equivalence(made_up(default=UP), 0.4))
     assert set(found["result"]) == {"reproduced", "contradicted"}
     text = takeaways.unreproduced(with_equivalence(made_up(), 0.01))
     assert text.startswith("**Takeaway.** 0 of") and "**equivalent** on made-up" in text

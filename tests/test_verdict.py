@@ -15,7 +15,7 @@ from causaldpo_lib.study import load_study
 from causaldpo_lib.takeaways import Claim
 
 UP, DOWN, NOTHING = (0.1, 0.05, 0.15, 0.006), (-0.1, -0.15, -0.05, 0.006), (0.01, -0.02, 0.04, 0.6)
-STATEMENTS = [*verdict.PAPER, *verdict.DYNAMICPO, *verdict.OWN]
+STATEMENTS = [statement for group in verdict.GROUPS.values() for statement in group]
 STATEMENT = verdict.Statement(
     "A is better than B", "Table 0", (Claim("", "HR@10", "a", "b", 1),), "08_results_tables", "more data"
 )
@@ -44,6 +44,7 @@ def tables(iid, ood=None, setting="s", method="a", baseline="b", p_equivalent=1.
         (["reproduced", "contradicted", "equivalent"], "mixed"),
         (["contradicted", "not detected"], "not supported"),
         (["equivalent", "not detected"], "not supported"),
+        (["equivalent", "not detected", "not detected"], "undecided"),
         (["not detected", "not detected"], "undecided"),
     ],
 )
@@ -52,10 +53,26 @@ def test_the_rule(results, says):
     assert verdict.word(results[::-1]) == says
 
 
+def test_a_statement_with_an_untested_claim_is_supported_in_part_at_best():
+    assert verdict.word(["reproduced"], complete=False) == "supported in part"
+    both = STATEMENT._replace(claims=(*STATEMENT.claims, Claim("", "HR@10", "a", "c", 1)))
+    assert verdict.counts([STATEMENT, both], {"one": tables(UP)})["verdict"].tolist() == [
+        "supported",
+        "supported in part",
+    ]
+
+
+def test_without_confounding_nothing_is_claimed_unless_said_so():
+    found = {"simulated": tables(UP, setting="simulated-none"), "other": tables(DOWN, setting="simulated-weak")}
+    assert verdict.counts([STATEMENT], found)["contradicted"].item() == 1 == len(verdict.tests_of(STATEMENT, found))
+    assert verdict.counts([STATEMENT._replace(everywhere=True)], found)["verdict"].item() == "mixed"
+
+
 @pytest.mark.parametrize(
     ("found", "says"),
     [
         (tables(UP, UP), "Supported.** Of 2 tests: 2 reproduced, 0 equivalent, 0 not detected, 0 contradicted."),
+        (tables(UP, p_equivalent=0.01), "Not supported.** Of 1 test: 0 reproduced, 1 equivalent"),
         (tables(DOWN, DOWN, method="b", baseline="a"), "Supported.** Of 2 tests: 2 reproduced"),
         (tables(UP, DOWN), "Mixed.** Of 2 tests: 1 reproduced, 0 equivalent, 0 not detected, 1 contradicted."),
         (tables(NOTHING), "Undecided.** Of 1 test: 0 reproduced, 0 equivalent, 1 not detected"),
@@ -114,5 +131,5 @@ def test_bars_fill_their_row_and_an_untested_statement_has_none():
 
 def test_the_takeaway_counts_all_statements():
     said = verdict.takeaway({"one": tables(UP)})
-    for statements in (verdict.PAPER, verdict.DYNAMICPO, verdict.OWN):
-        assert f"Of {len(statements)} " in said and f"{len(statements)} cannot be tested here" in said
+    for name, statements in verdict.GROUPS.items():
+        assert f"Of {len(statements)} statements of {name}: {len(statements)} cannot be tested here." in said
