@@ -322,7 +322,7 @@ def test_null_histogram_counts_all_draws_and_marks_both_values():
         ("dmpo-negatives_per_prompt-1", "dmpo", "DMPO, 1 negative"),
         ("dynamic_dmpo-alpha-0.0", "dynamic_dmpo", "DynamicPO DMPO, alpha 0.0"),
         ("causal_dpo-mmd_weight-10.0", "causal_dpo", "CausalDPO, λ 10.0"),
-        ("dpo-learning_rate-1e-05", "dpo", "DPO, learning_rate 1e-05"),
+        ("dpo-train_examples-512", "dpo", "DPO, train_examples 512"),
     ],
 )
 def test_a_swept_method_looks_as_its_method_and_says_its_value(method, base, label):
