@@ -319,7 +319,7 @@ def panels(tables: Tables, axis: str, known: Parameters, output: str | Path) -> 
         table = markdown(difference_table(tables, setting, AXES[axis].pairs(found)))
         said = takeaway(tables, setting, axis, known)
         names = ", ".join(look(method).label for method in dict.fromkeys(behind["method"]))
-        fig.set_dpi(80)  # as shown, not as saved: a dozen panels in a notebook of 1 MB at most
+        fig.set_dpi(72)  # as shown, not as saved: a dozen panels in a notebook of 1 MB at most
         caption = takeaways.caption(tables, setting).rstrip("*")
         caption += f" Lines behind: {names or 'none'}; the band is the interval of the shuffled control.*"
         yield [fig], "\n\n".join([caption, table, said])
