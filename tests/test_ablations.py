@@ -192,7 +192,7 @@ def test_zero_stands_apart_on_a_logarithmic_axis(tables):
 
 
 def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
-    few = without(tables, "vrex", "group_dro", "dpo", *(n for n in METHODS if n.startswith("dpo-")))
+    few = without(tables, "vrex", "group_dro", "backdoor", "dpo", *(n for n in METHODS if n.startswith("dpo-")))
     ((figures, text),) = ablations.panels(few, "penalties", KNOWN, tmp_path)
     assert not figures and not list(tmp_path.iterdir())
     assert text == (
@@ -254,7 +254,7 @@ def test_the_verdict_names_what_moves(numbers):
     text = ablations.verdict(made_up({("vrex", "dpo"): numbers, ("causal_dpo", "shuffled"): numbers}), KNOWN)
     title, moved = AXES["penalties"].title, numbers != NOTHING
     detected = text.split("detected changes in ")[1].split("; none in ")[0]
-    assert (f"{title} (1 of 3)" in detected) == moved
+    assert (f"{title} (1 of 4)" in detected) == moved
     assert (detected == "none") == (not moved)
     word = {UP: "raised", DOWN: "lowered", NOTHING: "no detectable change"}[numbers]
     assert f"Inferred against shuffled environments: {word} (" in text
