@@ -184,6 +184,13 @@ CONTROLS = (
         "environments that move the outcome and that prompts reveal (notebook 14)",
     ),
     Statement(
+        "Environments known to carry popularity (oracles) rank and fit better than shuffled ones under shift",
+        "what the penalty can do with the right environments; `oracle_history`, `oracle_target`",
+        _claims(["oracle_history", "oracle_target"], ["shuffled"], FIT + NDCG),
+        "15_ablations",
+        MORE,
+    ),
+    Statement(
         "CausalDPO keeps more probability on the targets than DPO under shift",
         "log-probability of the target, this study's primary endpoint",
         _claims(["causal_dpo"], ["dpo"], FIT),
