@@ -56,7 +56,7 @@ study: $(STAMP) ## run a study end to end, or what is missing of it (STUDY=ml-10
 test: export HF_HUB_OFFLINE := 1
 test: $(STAMP) ## pytest, then every notebook at its default parameters
 	$(RUN) -m pytest
-	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 300 notebooks/
+	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 notebooks/
 
 lab: $(STAMP) ## JupyterLab in notebooks/
 	$(RUN) -m jupyterlab notebooks/
