@@ -334,7 +334,7 @@ def draw(setting: str, axis: Axis, rows: Frame, behind: Frame) -> Figure:
             return plots.value_paths(ax, part, axis.label, level, axis.log)
 
         return plots.metric_grid(rows, behind, path, title, ("metric", "split"), height=1.6)
-    height = 0.85 + 0.2 * rows["name"].nunique()
+    height = 1.1 + 0.2 * rows["name"].nunique()
     return plots.metric_grid(rows, behind, plots.variant_intervals, title, ("split", "metric"), height=height)
 
 

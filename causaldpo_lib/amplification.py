@@ -9,10 +9,13 @@ already agree. Negatives in proportion to popularity divide it out.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
+from causaldpo_lib.data.simulated import simulate
 from causaldpo_lib.evaluation import share_metric
 from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.plots import SPLITS, look
@@ -31,18 +34,24 @@ STEPS = (  # what the alignment changes, and what is changed about it
 
 
 def strengths(study: str) -> dict[str, float]:
-    """Confounding strength (log-odds of a boosted item) of each setting of a study that its file gives one."""
+    """Confounding strength (log-odds of a boosted item) of each setting of a study that is simulated."""
     if not (PARAMS / "studies" / f"{study}.yaml").exists():
         return {}
-    options = {s.name: s.overrides["data"].get("dataset_options", {}) for s in load_study(study).settings}
-    return {name: float(given["strength"]) for name, given in options.items() if "strength" in given}
+    simulated = (setting for setting in load_study(study).settings if setting.dataset == "simulated")
+    return {setting.name: strength_of(setting.overrides["data"].get("dataset_options", {})) for setting in simulated}
+
+
+def strength_of(options: Mapping[str, Any]) -> float:
+    """The confounding strength that options of the simulator ask for, else its default."""
+    return float(options.get("strength", inspect.signature(simulate).parameters["strength"].default))
 
 
 def share_changes(studies: Mapping[str, Tables], group: str = "G1", grouping: str = "mass") -> Frame:
     """The change of a group's share of the top-10 slots, for each step of ``STEPS`` that a setting measures.
 
-    Of settings that several studies hold the first study counts. Columns: setting, strength (NaN: unknown), name
-    (of the comparison), split, method, baseline, mean, low, high (points), word (of ``takeaways.verdict``).
+    Of settings that several studies hold, under one name or two, the first study counts. Columns: setting, strength
+    (NaN: unknown), name (of the comparison), split, method, baseline, mean, low, high (points), word (of
+    ``takeaways.verdict``), size (the difference in words).
     """
     lines, seen = [], set()
     for study, tables in studies.items():
@@ -60,7 +69,9 @@ def share_changes(studies: Mapping[str, Tables], group: str = "G1", grouping: st
                         [setting, known.get(setting), name, split, method, baseline, *size, found.word, found.size]
                     )
     columns = ["setting", "strength", "name", "split", "method", "baseline", "mean", "low", "high", "word", "size"]
-    return pd.DataFrame(lines, columns=columns).astype({"strength": float})
+    found = pd.DataFrame(lines, columns=columns).astype({"strength": float})
+    numbers = found.groupby("setting", sort=False)[["mean", "low", "high"]].agg(tuple)  # the same runs, another name
+    return found[found["setting"].isin(numbers[~numbers.duplicated()].index)].reset_index(drop=True)
 
 
 def _where(rows: Frame) -> str:

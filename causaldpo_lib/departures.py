@@ -22,7 +22,6 @@ from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.released import DEPARTURES, EPS, MIN_SAMPLES, MMD_BANDWIDTH, MMD_WEIGHT, PairTokens
 
 Projection = Callable[[Tensor], Tensor]
-LAST_ROW = 24  # departures are numbered from 1 to this in the study's reading of the code
 CANDIDATES, CATALOGUE, PRINTED_ITEMS, INITIALS = 10, 3471, 10681, 39  # counted in the released files; printed: Table 2
 LLAMA_VOCABULARY, LLAMA_WIDTH = 128256, 4096
 # Of DEPARTURES; averaging ids and truncating them do nothing one without the other.
@@ -42,7 +41,7 @@ ONLY, REPAIRED = "the paper's, with this departure", "as released, with this one
 
 
 class Card(NamedTuple):
-    """One departure: its numbers in the study's list, the two sides, a remedy, and whether it is run or only read."""
+    """One departure: its numbers (rows), the two sides, a remedy, and whether it is run or only read."""
 
     rows: tuple[int, ...]
     title: str

@@ -928,16 +928,11 @@ def mean_ranges(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
     """
     for position, row in enumerate(table.itertuples()):
         ax.plot([row.low, row.high], [position] * 2, "|-", color="#0072B2", lw=3, ms=9, solid_capstyle="butt")
-        ax.annotate(
-            look(row.method).label,
-            (row.high, position),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        about = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        ax.annotate(look(row.method).label, (row.high, position), **about)
     _name_rows(ax, list(table["name"]))
-    ax.margins(x=0.35)
+    low, high = table["low"].min(), table["high"].max()
+    ax.set_xlim(low - 0.05 * (high - low), high + 0.75 * (high - low))  # room for the longest label on the longest bar
     ax.set_xlabel(label)
     return ax
 

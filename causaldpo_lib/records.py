@@ -99,3 +99,17 @@ def write_tables(folder: Path, tables: Mapping[str, Any], digits: int = 6) -> li
     for path, table in zip(paths, tables.values(), strict=True):
         table.to_csv(path, index=False, float_format=f"%.{digits}g")
     return paths
+
+
+def read_table(file: Path, remedy: str) -> Any:
+    """A csv file as a data frame.
+
+    Raises:
+        StudyError: it is missing or cannot be read; ``remedy`` ends the sentence.
+    """
+    import pandas as pd  # which planning a study does not need
+
+    try:
+        return pd.read_csv(file)
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{shown(file)} cannot be read ({error}): {remedy}") from None

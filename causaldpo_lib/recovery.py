@@ -18,7 +18,6 @@ Shares, entropies and accuracies are fractions; AMI is adjusted mutual informati
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +39,7 @@ from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 
 from causaldpo_lib import backbone, packing, prompts, trainers
-from causaldpo_lib.data.simulated import simulate
+from causaldpo_lib.amplification import strength_of
 from causaldpo_lib.environments import (
     BatchEnvironments,
     EnvironmentInference,
@@ -50,7 +49,7 @@ from causaldpo_lib.environments import (
 )
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.pipeline import load_run
-from causaldpo_lib.records import folder_with, shown, write_tables
+from causaldpo_lib.records import folder_with, read_table, shown, write_tables
 from causaldpo_lib.released import EPS, MIN_SAMPLES
 from causaldpo_lib.stages import history_genres, history_groups, periods, true_environments
 from causaldpo_lib.tables import select
@@ -401,14 +400,11 @@ def collect(study: Any, limit: int = PROMPTS) -> dict[str, Frame]:
     for setting in settings:
         data, *fitted = (job for job in known if job.setting == setting)
         for name, found in _setting_rows(data, fitted, limit).items():
-            rows[name] += [{"setting": setting, "strength": strength_of(data), **row} for row in found]
+            rows[name] += [
+                {"setting": setting, "strength": strength_of(data.parameters["dataset_options"]), **row}
+                for row in found
+            ]
     return {name: pd.DataFrame(found) for name, found in rows.items()}
-
-
-def strength_of(data: Any) -> float:
-    """The strength of confounding of a data job on the simulator, in log-odds of a boosted item."""
-    default = inspect.signature(simulate).parameters["strength"].default
-    return float(data.parameters["dataset_options"].get("strength", default))
 
 
 def _setting_rows(data: Any, fitted: Sequence[Any], limit: int) -> dict[str, list[dict[str, Any]]]:
@@ -470,11 +466,7 @@ def read(path: str | Path) -> dict[str, Frame]:
     folder, found = tables_folder(path), {}
     names = {"features": FEATURES, "clusterer": CLUSTERERS, "target": TARGETS, "rule": RULES}
     for stem in TABLES:
-        file = folder / f"{stem}.csv"
-        try:
-            table = pd.read_csv(file)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{shown(file)} cannot be read ({error}): make the tables again") from None
+        table = read_table(folder / f"{stem}.csv", "make the tables again")
         present = [column for column in names if column in table]
         found[stem] = table.assign(**{f"{column}_name": table[column].map(names[column]) for column in present})
     return found

@@ -36,7 +36,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import ROOT, data_folder
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import SPLITS as SPLIT_LABELS
-from causaldpo_lib.records import folder_with, shown, write_tables
+from causaldpo_lib.records import folder_with, read_table, shown, write_tables
 from causaldpo_lib.splits import SPLITS
 from causaldpo_lib.tables import histogram, select
 
@@ -185,14 +185,8 @@ def read(path: str | Path) -> dict[str, Frame]:
     Raises:
         StudyError: a table is missing or cannot be read.
     """
-    folder, found = tables_folder(path), {}
-    for name in TABLES:
-        file = folder / f"{name}.csv"
-        try:
-            found[name] = pd.read_csv(file)
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{shown(file)} cannot be read ({error}): run the study again") from None
-    return found
+    folder = tables_folder(path)
+    return {name: read_table(folder / f"{name}.csv", "run the study again") for name in TABLES}
 
 
 def table_2(study: Tables) -> Frame:

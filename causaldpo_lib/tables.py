@@ -58,7 +58,7 @@ from causaldpo_lib.evaluation import select as select_by_rule
 from causaldpo_lib.paths import RESULTS, from_root
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import GROUPINGS, SPLITS, look, metric_name, metric_scale, metric_unit
-from causaldpo_lib.records import folder_with, shown, write_tables
+from causaldpo_lib.records import folder_with, read_table, shown, write_tables
 
 MAIN_METRICS = ("target_logp", f"causal_NDCG@{K}", "HR@10", "NDCG@10")
 TEST_SPLITS = ("iid_test", "ood_test")
@@ -300,12 +300,8 @@ def read(path: str | Path) -> dict[str, Frame]:
     found |= {file.stem: pd.DataFrame(columns=LATER[file.stem]) for file in later}
     files = [*(folder / f"{name}.csv" for name in TABLES), *(file for file in later if file.exists())]
     for file in [*files, *sorted(folder.glob("points-*.csv"))]:
-        try:
-            found[file.stem] = pd.read_csv(file)
-            if file.stem == "costs":
-                found["costs"] = found["costs"].fillna({"method": ""})  # of stages that methods share
-        except (OSError, ValueError) as error:
-            raise StudyError(f"{shown(file)} cannot be read ({error}): make the study's tables again") from None
+        found[file.stem] = read_table(file, "make the study's tables again")
+    found["costs"] = found["costs"].fillna({"method": ""})  # of stages that methods share
     return found
 
 

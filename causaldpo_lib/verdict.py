@@ -17,13 +17,15 @@ p-values are corrected over the methods compared with one baseline in one metric
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
 
+from causaldpo_lib import collapse
 from causaldpo_lib.amplification import strengths
+from causaldpo_lib.comparison import ALIGNED, PENALISED, PLAIN, VARIANTS
 from causaldpo_lib.evaluation import K, ndcg_metric, share_metric, slope_metric
 from causaldpo_lib.plots import look, metric_name
 from causaldpo_lib.tables import TEST_SPLITS, Tables, markdown
@@ -53,13 +55,12 @@ def _claims(
     methods: Sequence[str], baselines: Sequence[str], metrics: Sequence[str], sign: int = 1, splits: Sequence[str] = OOD
 ) -> Claims:
     """That each method is higher (``sign`` -1: lower) than each baseline in each metric."""
-    pairs = product(methods, baselines, metrics)
-    return tuple(Claim("", metric, method, baseline, sign, tuple(splits)) for method, baseline, metric in pairs)
+    return tuple(claim for metric in metrics for claim in _paired(product(methods, baselines), metric, splits, sign))
 
 
-def _at(loss: str, negatives: int) -> str:
-    """The method of a sweep over numbers of negatives."""
-    return f"{loss}-negatives_per_prompt-{negatives}"
+def _paired(pairs: Iterable[tuple[str, str]], metric: str, splits: Sequence[str], sign: int = 1) -> Claims:
+    """That the first method of each pair is higher (``sign`` -1: lower) than the second."""
+    return tuple(Claim("", metric, method, baseline, sign, tuple(splits)) for method, baseline in pairs)
 
 
 def _shown(method: str, baseline: str) -> Claims:
@@ -69,8 +70,7 @@ def _shown(method: str, baseline: str) -> Claims:
 
 
 NDCG, FIT = ["NDCG@10"], ["target_logp"]
-ALIGNMENT = ("dmpo", "s_dpo", "rose_po", "sprec")
-LOSSES = ("dmpo", "s_dpo", "mppo")
+OTHERS = [method for method in ALIGNED.values() if method != "causal_dpo"]  # preference optimisation of Table 1
 LLM = "the paper's own setting on a GPU node: `make study STUDY=paper` (Llama-3.1-8B)"
 MORE = "more training seeds: three decide about differences of some points at best"
 OTHER = "other data, and backbones that know the items"
@@ -99,14 +99,14 @@ PAPER = (
     Statement(
         "CausalDPO ranks better than other preference optimisation under shift",
         "Tables 1 and 4",
-        _claims(["causal_dpo"], ALIGNMENT, NDCG),
+        _claims(["causal_dpo"], OTHERS, NDCG),
         "08_results_tables",
         LLM,
     ),
     Statement(
         "CausalDPO ranks better than recommenders without preference optimisation under shift",
         "Tables 1 and 4",
-        _claims(["causal_dpo"], ["sasrec", "bigrec", "rw", "d3"], NDCG),
+        _claims(["causal_dpo"], [*PLAIN.values()], NDCG),
         "08_results_tables",
         LLM,
     ),
@@ -134,7 +134,7 @@ PAPER = (
     Statement(
         "The penalty makes Dr.DPO, CPO and SimPO rank better",
         "Table 5",
-        tuple(claim for loss in ("dr_dpo", "cpo", "simpo") for claim in _claims([f"{loss}_causal"], [loss], NDCG)),
+        _paired(zip(PENALISED.values(), VARIANTS.values(), strict=True), "NDCG@10", OOD),
         "16_variants_and_cost",
         LLM,
     ),
@@ -202,9 +202,7 @@ DYNAMICPO = (
     Statement(
         "Accuracy collapses when negatives become many",
         "DynamicPO, Fig. 1 and 4",
-        tuple(
-            claim for loss in LOSSES for claim in _claims([_at(loss, 15)], [_at(loss, 1)], ["HR@1"], -1, TEST_SPLITS)
-        ),
+        _paired(collapse.COLLAPSE.values(), collapse.METRIC, TEST_SPLITS, -1),
         "13_dynamicpo",
         "a backbone of billions of parameters, its candidates in the prompt as there",
         everywhere=True,
@@ -212,11 +210,7 @@ DYNAMICPO = (
     Statement(
         "DynamicPO does better than the loss that it is put on, at many negatives",
         "DynamicPO, Table 2",
-        tuple(
-            claim
-            for loss in LOSSES
-            for claim in _claims([_at(f"dynamic_{loss}", 15)], [_at(loss, 15)], ["HR@1"], splits=TEST_SPLITS)
-        ),
+        _paired(collapse.MENDED.values(), collapse.METRIC, TEST_SPLITS),
         "13_dynamicpo",
         "a setting in which accuracy does collapse",
         everywhere=True,

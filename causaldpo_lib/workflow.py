@@ -163,8 +163,10 @@ def publish(study: Study) -> None:
         raise StudyError(f"study {study.name} is not up to date ({len(left)} steps are left): run {again}")
     target = FIGURES / study.name
     target.mkdir(parents=True, exist_ok=True)
+    made_here = any(study.folder.glob("recovery*"))  # by a command of its own: what is published of it stays else
     for path in [*target.glob("*.csv"), *target.glob("*.png")]:
-        path.unlink()
+        if made_here or not path.stem.startswith("recovery"):
+            path.unlink()
     for path in sorted([*study.folder.glob("*.csv"), *study.folder.glob("*.png")]):
         if _belongs(study, path.stem):
             shutil.copyfile(path, target / path.name)

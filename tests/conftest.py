@@ -57,3 +57,55 @@ def small_model(architecture: str, vocabulary: int):
         "gpt2": lambda: GPT2Config(vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4),
     }
     return AutoModelForCausalLM.from_config(configs[architecture]())
+
+
+@pytest.fixture
+def run_notebook(tmp_path, monkeypatch):
+    """Run the code cells of a reading notebook with other parameters, its figures in ``tmp_path / "figures"``.
+
+    Returns the declared parameters, the stems of its images, and everything that it displayed. Each image has its
+    csv, no text holds an undefined number, and no figure is left open: what holds for every notebook is checked here.
+    """
+
+    def run(name, **parameters):
+        import json
+        import re
+
+        import matplotlib.pyplot as plt
+
+        from causaldpo_lib import plots
+        from causaldpo_lib.paths import NOTEBOOKS
+
+        shown, folder = [], tmp_path / "figures"
+        monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+        monkeypatch.setattr(plots, "DPI", 30)
+        monkeypatch.chdir(tmp_path)
+        cells = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text("utf8"))["cells"]
+        declared, *codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+        space: dict[str, object] = {}
+        exec(declared, space)
+        defaults = {key: value for key, value in space.items() if not key.startswith("__")}
+        assert parameters.keys() <= defaults.keys() and defaults["figures"] == ""
+        space |= parameters | {"figures": str(folder)}
+        for code in codes:
+            exec(code, space)
+        images = {path.stem for path in folder.glob("*.png")}
+        assert images == {path.stem for path in folder.glob("*.csv")}
+        texts = [thing.data for thing in shown if hasattr(thing, "data")]
+        assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
+        assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
+        return defaults, images, shown
+
+    return run
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Write tables as csv and return their folder."""
+
+    def write(tables):
+        for name, table in tables.items():
+            table.to_csv(tmp_path / f"{name}.csv", index=False)
+        return str(tmp_path)
+
+    return write

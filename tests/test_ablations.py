@@ -1,8 +1,5 @@
 """The notebook on ablations: rows find their axis and place, sentences follow the numbers, and every cell runs."""
 
-import json
-import re
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -15,7 +12,6 @@ from causaldpo_lib import ablations, plots
 from causaldpo_lib.ablations import AXES, METRICS, PRIMARY, SHARE
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import MARGIN, compared
-from causaldpo_lib.paths import NOTEBOOKS
 from causaldpo_lib.study import load_study
 
 SETTING, SPLITS, SEEDS = "ml-100k-popularity", ("iid_test", "ood_test"), (1, 2, 3)
@@ -311,26 +307,10 @@ def test_sizes_are_those_of_the_fine_tuned_models(tables):
 # The notebook
 
 
-def test_the_notebook_draws_and_explains_everything(tables, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
+def test_the_notebook_draws_and_explains_everything(tables, run_notebook, written, monkeypatch):
     monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)  # the folder has another name
-    monkeypatch.setattr(plots, "DPI", 30)
-    monkeypatch.chdir(tmp_path)
-    for name, table in tables.items():
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-    cells = json.loads((NOTEBOOKS / "15_ablations.ipynb").read_text("utf8"))["cells"]
-    parameters, *codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    namespace: dict[str, object] = {}
-    exec(parameters, namespace)
-    assert namespace["tables"] == "../figures/ablations" and namespace["figures"] == ""
-    namespace |= {"tables": str(tmp_path), "figures": str(tmp_path / "figures")}
-    for code in codes:
-        exec(code, namespace)
-    images = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert images == {path.stem for path in (tmp_path / "figures").glob("*.csv")}
+    defaults, images, shown = run_notebook("15_ablations", tables=written(tables))
+    assert defaults["tables"] == "../figures/ablations"
     assert images == {f"ablations-{axis}-{SETTING}" for axis in (*AXES, "ranges")}
     texts = [thing.data for thing in shown if hasattr(thing, "data")]
     assert sum("**Takeaway.**" in text for text in texts) >= len(AXES) + 2
-    assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
-    assert not plt.get_fignums()

@@ -1,5 +1,7 @@
 """Shares over settings: every number is a row of paired.csv, and the sentences follow the numbers."""
 
+import inspect
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -8,6 +10,7 @@ import pandas as pd
 import pytest
 
 from causaldpo_lib import amplification, plots
+from causaldpo_lib.data.simulated import simulate
 from causaldpo_lib.evaluation import share_metric
 
 UP, DOWN, NOTHING = (0.1, 0.05, 0.15, 0.006), (-0.1, -0.15, -0.05, 0.006), (0.01, -0.02, 0.04, 0.6)
@@ -20,6 +23,7 @@ def tables(**settings):
         for method, numbers in zip(("dpo", "popularity_negatives"), changes, strict=False):
             for split in ("iid_test", "ood_test"):
                 found = dict(zip(("difference", "low", "high", "p_holm"), numbers, strict=True))
+                found["low"] -= 1e-9 * len(setting)  # two settings never have the same numbers
                 key = {"setting": setting.replace("_", "-"), "split": split, "metric": share_metric("mass", "G1")}
                 rows.append({**key, "method": method, "baseline": "sft", **found})
     paired = pd.DataFrame(rows)
@@ -77,3 +81,14 @@ def test_every_setting_has_its_row_in_every_panel():
         assert drawn == pytest.approx(sorted(rows["mean"]))
     assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == ["a", "simulated-none"]
     plt.close(fig)
+
+
+def test_the_same_runs_under_another_name_count_once():
+    studies = {"one": tables(a=[UP, DOWN]), "two": tables(b=[UP, DOWN], simulated_none=[UP, DOWN])}
+    found = amplification.share_changes(studies)
+    assert found["setting"].unique().tolist() == ["a", "simulated-none"] and len(found) == 8
+
+
+def test_strength_is_the_simulator_s_own_unless_it_is_set():
+    assert amplification.strength_of({"strength": 0}) == 0
+    assert amplification.strength_of({}) == inspect.signature(simulate).parameters["strength"].default

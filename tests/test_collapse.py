@@ -1,13 +1,11 @@
 """The notebook on DynamicPO: frames hold what the tables say, sentences follow the numbers, and every cell runs."""
 
 import inspect
-import json
 import re
 
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,7 +14,6 @@ from causaldpo_lib import collapse, plots
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import MARGIN, compared
 from causaldpo_lib.losses import dynamic_dmpo_loss
-from causaldpo_lib.paths import NOTEBOOKS
 from causaldpo_lib.study import load_study
 
 SETTING, SPLITS, SEEDS = "ml-100k-popularity", ("iid_test", "ood_test"), (1, 2, 3)
@@ -258,25 +255,10 @@ def test_constants_are_compared_by_their_intervals(high, says):
 # The notebook
 
 
-def test_the_notebook_draws_and_explains_everything(tables, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
-    monkeypatch.chdir(tmp_path)
-    for name, table in tables.items():
-        table.to_csv(tmp_path / f"{name}.csv", index=False)
-    cells = json.loads((NOTEBOOKS / "13_dynamicpo.ipynb").read_text("utf8"))["cells"]
-    parameters, *codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    namespace: dict[str, object] = {}
-    exec(parameters, namespace)
-    assert namespace["tables"] == "../figures/dynamicpo" and namespace["figures"] == ""
-    namespace |= {"tables": str(tmp_path), "figures": str(tmp_path / "figures")}
-    for code in codes:
-        exec(code, namespace)
-    images = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert images == {path.stem for path in (tmp_path / "figures").glob("*.csv")}
+def test_the_notebook_draws_and_explains_everything(tables, run_notebook, written):
+    defaults, images, shown = run_notebook("13_dynamicpo", tables=written(tables))
+    assert defaults["tables"] == "../figures/dynamicpo"
     kinds = ("accuracy", "shares", "fit", "controls", "time")
     assert images == {f"dynamicpo-{kind}-{SETTING}" for kind in kinds}
     texts = [thing.data for thing in shown if hasattr(thing, "data")]
     assert sum(text.startswith("**Takeaway.**") for text in texts) == 9
-    assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
-    assert not plt.get_fignums()

@@ -1,7 +1,5 @@
 """Figures show exactly the values they are given, methods keep their look, reading notebooks draw everything."""
 
-import json
-import re
 from itertools import pairwise
 
 import matplotlib
@@ -14,7 +12,7 @@ import pytest
 from fabricated import setting
 
 from causaldpo_lib import plots, tables
-from causaldpo_lib.paths import NOTEBOOKS, PARAMS
+from causaldpo_lib.paths import PARAMS
 
 READING = ("06_popularity_amplification", "07_group_wise_analysis")
 METHODS = ("sft", "dpo", "causal_dpo", "shuffled")
@@ -177,31 +175,14 @@ def test_saving_writes_the_picture_and_its_values(tmp_path):
     assert again.read_bytes() == image.read_bytes()
 
 
-def code_of(notebook):
-    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text("utf8"))["cells"]
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
 @pytest.fixture
-def executed(study, tmp_path, monkeypatch):
+def executed(study, run_notebook):
     """Run a notebook's cells on the fabricated study; its images by stem, and everything that it displayed."""
 
     def run(notebook):
-        shown = []
-        monkeypatch.setattr("IPython.display.display", lambda *things: shown.extend(things))
-        parameters, *cells = code_of(notebook)
-        namespace: dict[str, object] = {}
-        exec(parameters, namespace)
-        assert namespace["figures"] == "" and namespace["tables"].startswith("../figures/")
-        namespace |= {"tables": str(study), "figures": str(tmp_path)}
-        for cell in cells:
-            exec(cell, namespace)
-        images = {path.stem for path in tmp_path.glob("*.png")}
-        assert images and images == {path.stem for path in tmp_path.glob("*.csv")}
-        texts = [thing.data for thing in shown if hasattr(thing, "data")]
-        assert any(text.startswith("**Takeaway.**") for text in texts)
-        assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
-        assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
+        defaults, images, shown = run_notebook(notebook, tables=str(study))
+        assert images and defaults["tables"].startswith("../figures/")
+        assert any(thing.data.startswith("**Takeaway.**") for thing in shown if hasattr(thing, "data"))
         return images, shown
 
     return run

@@ -47,6 +47,10 @@ def test_publish_replaces_the_study_s_files_and_renews_what_quotes_them(place):
     assert not copied & {"stale.png", "shares-mass-removed-setting.png", "tables.log.txt"}
     assert "**simulated-environment, OOD test**" in (root / "README.md").read_text()
     assert executed == ORDER
+    for name in made_apart:
+        (root / "results" / "quick" / name).unlink()
+    workflow.publish(studies.load_study("quick"))  # by someone who has not run that command: what is there stays
+    assert made_apart <= {path.name for path in (root / "figures" / "quick").iterdir()}
 
 
 def test_publish_links_the_notebooks_and_keeps_their_times(place):

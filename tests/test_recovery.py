@@ -261,11 +261,6 @@ def test_tables_have_their_columns_and_a_row_per_combination(made):
     assert set(tables["recovery_batch"]["size"]) == {16, 32}
 
 
-def test_strength_is_the_simulator_s_own_unless_it_is_set():
-    job = SimpleNamespace(parameters={"dataset_options": {"users": 10}})
-    assert recovery.strength_of(job) == 2.0
-
-
 def test_unfinished_runs_are_named(laid_out, capsys):
     left = laid_out.jobs[3].folder / "summary.json"
     left.rename(left.with_suffix(".away"))
