@@ -47,6 +47,7 @@ def test_the_map_shows_measured_times_and_admits_what_was_not(tmp_path):
     notebooks, figures = tmp_path / "notebooks", tmp_path / "figures"
     for folder in (notebooks, figures / "one", figures / "two"):
         folder.mkdir(parents=True)
+    notebook(notebooks, "00_start_here", "# Start\n\n**Question.** Where?")  # which shows the map
     notebook(notebooks, "02_supervised_fine_tuning", "# A\n\n**Question.** A?")
     notebook(notebooks, "06_read", "# B\n\n**Question.** B?", 'tables = "x"')
     notebook(notebooks, "11_understand", "# C\n\n**Question.** C?")

@@ -640,3 +640,14 @@ def test_fabricated_runs_look_like_runs(jobs):
     for job in jobs[:3]:
         config = json.loads((job.folder / "config.json").read_text())
         assert {"stage", "setting", "name", "parameters", "inputs"} == set(config)
+
+
+def test_slopes_of_a_forest_plot_are_points_a_step():
+    key = {"setting": "s", "split": "ood_test", "metric": "NDCG@10", "groups": 5}
+    rows = [
+        {**key, "grouping": g, "method": "dpo", "slope": -0.02, "low": -0.03, "high": 0.01} for g in ("mass", "count")
+    ]
+    found = tables.slopes_by_method({"slopes": pd.DataFrame(rows)}, "s", "mass")
+    assert found.to_dict("records") == [
+        {"name": "DPO", "method": "dpo", "split": "ood_test", "mean": -2.0, "low": -3.0, "high": 1.0}
+    ]

@@ -9,7 +9,7 @@ import pytest
 
 from causaldpo_lib import plots, verdict
 from causaldpo_lib.audit import published
-from causaldpo_lib.evaluation import compared
+from causaldpo_lib.evaluation import compared, share_metric
 from causaldpo_lib.paths import NOTEBOOKS, PARAMS
 from causaldpo_lib.study import load_study
 from causaldpo_lib.takeaways import Claim
@@ -60,6 +60,17 @@ def test_a_statement_with_an_untested_claim_is_supported_in_part_at_best():
         "supported",
         "supported in part",
     ]
+
+
+@pytest.mark.parametrize(("group", "amplified"), [("G1", UP), ("G5", DOWN)])
+def test_amplification_is_more_of_the_popular_and_less_of_the_unpopular(group, amplified):
+    found = tables(amplified, method="dpo", baseline="sft")
+    found["paired"]["metric"] = share_metric("mass", group)
+    claimed, undone = verdict.PAPER[0], verdict.PAPER[6]
+    assert "DPO shows popular items more" in claimed.text and "CausalDPO shows popular items less" in undone.text
+    assert verdict.counts([claimed], {"one": found})["reproduced"].item() == 1
+    found["paired"][["method", "baseline"]] = ["causal_dpo", "dpo"]
+    assert verdict.counts([undone], {"one": found})["contradicted"].item() == 1
 
 
 def test_without_confounding_nothing_is_claimed_unless_said_so():
