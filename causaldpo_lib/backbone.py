@@ -25,9 +25,10 @@ from causaldpo_lib.prompts import prompt_text, response_text
 # A bar for a file that loads in milliseconds is noise in every notebook and log.
 transformers_logging.disable_progress_bar()
 
-# Embedded backbones: name -> width. `tiny` has 1.3M parameters with a 4,000-token vocabulary: as small as reads ten
-# titles, large enough to learn a catalogue; the others, 0.5M and 4.2M, are for comparisons of size.
-TINY = {"tiny": 128, "tiny-small": 64, "tiny-large": 256}
+# Embedded backbones: name -> (width, layers). `tiny` has 1.3M parameters with a 4,000-token vocabulary: as small as
+# reads ten titles, large enough to learn a catalogue; the others, of 0.5M, 4.2M, 28M and 90M, are for comparisons of
+# size. The last two want a GPU.
+TINY = {"tiny": (128, 4), "tiny-small": (64, 4), "tiny-large": (256, 4), "small": (512, 8), "base": (768, 12)}
 
 
 def device() -> torch.device:
@@ -70,7 +71,7 @@ def tiny_backbone(
     titles: Iterable[str], seed: int, name: str = "tiny"
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A randomly initialised Llama-architecture model, by its name in ``TINY``, with a tokenizer for ``titles``."""
-    width = pick(TINY, name, "embedded backbone")
+    width, layers = pick(TINY, name, "embedded backbone")
     tokenizer = train_tokenizer(titles)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -81,7 +82,7 @@ def tiny_backbone(
         eos_token_id=tokenizer.eos_token_id,
         hidden_size=width,
         intermediate_size=11 * width // 4,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=max(width // 32, 1),
         num_key_value_heads=max(width // 32, 1),
         max_position_embeddings=1024,

@@ -148,4 +148,14 @@ def _drop_docstring(node: ast.AST) -> None:
 
 
 def _digest(found: Mapping[tuple[str, str], list[ast.stmt]]) -> str:
-    return digest([[*key, *(ast.dump(node) for node in found[key])] for key in sorted(found)])
+    return digest([[*key, *(_plain(node) for node in found[key])] for key in sorted(found)])
+
+
+def _plain(node: Any) -> Any:
+    """A syntax tree as lists, without empty fields: every version of Python adds some, and shows others."""
+    if isinstance(node, list):
+        return [_plain(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [[name, _plain(value)] for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return [type(node).__name__, *fields]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -346,6 +347,15 @@ def test_an_edit_does_not_count_where_it_is_not_reached(package):
 def test_a_module_that_is_handed_on_counts_as_a_whole(package):
     assert edited(package, "a", "return b.used(math.pi)", "return getattr(b, 'used')")
     assert edited(package, "b", "return 0", "return 1")
+
+
+def test_fields_that_another_python_adds_do_not_count(package, monkeypatch):
+    before = sources.function_digest("a", "start")
+    for kind in (ast.FunctionDef, ast.Call):
+        monkeypatch.setattr(kind, "_fields", (*kind._fields, "type_params_to_come"))
+    monkeypatch.setattr(ast.AST, "type_params_to_come", [], raising=False)
+    sources._module.cache_clear()
+    assert sources.function_digest("a", "start") == before
 
 
 def test_saved_outputs_and_texts_are_no_code(tmp_path):
