@@ -29,6 +29,18 @@ def _ood(folder: Path) -> str:
     return _results(folder, ["ood_test"])
 
 
+def _made(folder: Path) -> str:
+    """What a study is made of and took: its runs, the sum of their times, the size of its fine-tuned models."""
+    found = tables.read(folder)
+    costs, models = found["costs"], found["diagnostics"]
+    minutes = (costs["runs"] * costs["seconds"]).sum() / 60
+    sizes = [f"{size:,.0f}" for size in sorted(models.loc[models["method"] == "sft", "parameters"].unique())]
+    return (
+        f"`{folder.name}`: {costs['runs'].sum()} runs, {minutes:.0f} minutes of one core in all, measured on "
+        f"{' and '.join(sorted(set(costs['device'])))}; models of {', '.join(sizes)} parameters."
+    )
+
+
 def _studies(figures: Path) -> dict[str, tables.Tables]:
     """The tables that the verdict notebook reads by default, as far as they are published."""
     names = [Path(path).name for path in declared_in(NOTEBOOKS / "19_verdict.ipynb")["tables"]]
@@ -57,7 +69,7 @@ def _notebooks(figures: Path) -> str:
     return tables.markdown(rows.assign(notebook=rows["notebook"].str.replace("](", "](notebooks/", regex=False)))
 
 
-PARTS = {"results": _results, "ood": _ood}
+PARTS = {"results": _results, "ood": _ood, "made": _made}
 ALL = {"takeaway": _takeaway, "verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 
 

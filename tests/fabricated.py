@@ -90,6 +90,8 @@ def setting(
             shown = (
                 {} if method in ("sft", "dpo") else {"environments": 4, "noise_share": 0.2, "ami_history_group": 0.1}
             )
+            if stage == "sft":
+                shown["parameters"] = 1000
             write_run(folder, stage, train_seconds=1.0, **shown)
             if stage == "align":
                 log = {"step": [1, 2], "iteration": 0, "preference_loss": [0.7, 0.6], "margin": [0.0, 0.5], "lr": 1.0}

@@ -27,6 +27,11 @@ def test_parts_are_filled_from_tables_and_unfinished_studies_left_alone(tmp_path
     found = readme.filled(text, tmp_path)
     assert "stale" not in found and "kept" in found and "**ml-100k-popularity, OOD test**" in found
     assert readme.filled(found, tmp_path) == found
+    costs = tables.read(tmp_path / "some")["costs"]
+    made = readme.filled("<!-- some made -->\n<!-- end -->", tmp_path)
+    minutes = sum(row.runs * row.seconds for row in costs.itertuples()) / 60
+    assert f"`some`: {sum(costs['runs'])} runs, {round(minutes)} minutes of one core in all" in made
+    assert "; models of 1,000 parameters." in made
     with pytest.raises(StudyError, match="names no part"):
         readme.filled("<!-- some clams -->\n<!-- end -->", tmp_path)
 

@@ -180,12 +180,16 @@ def test_lora_trains_only_adapters_and_merges_into_an_ordinary_checkpoint(tmp_pa
     run = CausalDPOTrainer(model, args=config(tmp_path / "t"), train_dataset=rows, processing_class=tiny[1])
     run.train()
     assert all("lora" in name for name, p in run.model.named_parameters() if p.requires_grad)
-    with torch.no_grad():
-        expected = run.model(torch.tensor([[1, 5, 9]])).logits
+
+    @torch.no_grad()
+    def logits(model):  # each on its own device
+        return model(torch.tensor([[1, 5, 9]], device=model.device)).logits.cpu()
+
+    expected = logits(run.model)
     save_checkpoint(run.model, tiny[1], tmp_path / "merged")
     merged, _ = load_checkpoint(tmp_path / "merged")
-    torch.testing.assert_close(merged(torch.tensor([[1, 5, 9]])).logits, expected, atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(expected, tiny[0](torch.tensor([[1, 5, 9]])).logits)
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(expected, logits(tiny[0]))
 
 
 def test_bad_input_is_named(tmp_path, tiny, rows):
