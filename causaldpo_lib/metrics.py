@@ -105,6 +105,47 @@ def mrr_at_k(ranks: ArrayLike, k: int) -> float:
     return _mean(reciprocals(ranks, k))
 
 
+def list_ndcg(labels: ArrayLike, k: int) -> FloatArray:
+    """Per list: NDCG@k of many relevant items, sum_{i<=k} (2^{y_i} - 1) / log2(i + 1) over its value in the best order.
+
+    Source: Jarvelin and Kekalainen, ACM TOIS 20(4), 2002, with the exponential gain of Burges et al., ICML 2005.
+    Shapes:  labels: (..., n), the labels y of lists in ranked order, best first, 0 where padded; result (...,). A list
+             shorter than k is taken as it is. NaN for a list without a positive, which has no best order.
+    Raises:  ValueError if a label is NaN or negative, or k is not a whole number >= 1.
+    Checked: tests/test_metrics.py, against hand values and scikit-learn; tests/test_metrics_ranx.py, against ranx.
+    """
+    found = np.exp2(_labels(labels)) - 1.0
+    weights = discounts(k)[: found.shape[-1]]
+    ideal = np.flip(np.sort(found, axis=-1), axis=-1)
+    value, best = (each[..., : len(weights)] @ weights for each in (found, ideal))
+    return np.divide(value, best, out=np.full_like(best, np.nan), where=best > 0)
+
+
+def list_average_precision(labels: ArrayLike, k: int) -> FloatArray:
+    """Per list: AP@k = sum_{i<=k} y_i Prec@i / min(k, sum y) over labels 0 and 1; its mean over lists is MAP@k.
+
+    Shapes:  labels: (..., n) in ranked order, 0 where padded; result (...,), NaN for a list without a positive. Some
+             libraries divide by sum y whatever k, with which a short list of hits never reaches 1.
+    Raises:  ValueError if a label is neither 0 nor 1, or k is not a whole number >= 1.
+    Checked: tests/test_metrics.py, against hand values and a loop; tests/test_metrics_ranx.py, against ranx.
+    """
+    array, first = _labels(labels), _cutoff(k)
+    if not np.isin(array, (0.0, 1.0)).all():
+        raise ValueError("average precision needs labels 0 and 1: threshold graded labels first")
+    positives = np.minimum(array.sum(axis=-1), first)
+    array = array[..., :first]
+    precisions = np.cumsum(array, axis=-1) / np.arange(1, array.shape[-1] + 1)
+    value = (array * precisions).sum(axis=-1)
+    return np.divide(value, positives, out=np.full_like(positives, np.nan), where=positives > 0)
+
+
+def _labels(labels: ArrayLike) -> FloatArray:
+    array = np.asarray(labels, dtype=np.float64)
+    if array.ndim == 0 or not (array >= 0).all():
+        raise ValueError("labels are lists of numbers >= 0: give padded places the label 0")
+    return array
+
+
 def _mean(values: FloatArray) -> float:
     if values.size == 0:
         raise ValueError("no example to average over")

@@ -62,6 +62,7 @@ STAGES: dict[str, Stage] = {
         {"assistant": ("sasrec",)},
     ),
     "environments": Stage("05_pseudo_environments", "infer_environments", {"data": ("data",), "sft": ("sft",)}),
+    "dpo4rec": Stage("20_dpo4rec", "reason_and_rerank", {"data": ("data",)}),
 }
 
 

@@ -47,6 +47,9 @@ COLOURS = {
     "shuffled": ("#009E73", "^"),
     "popularity_negatives": ("#E69F00", "v"),
     "causal_negatives": ("#CC79A7", "P"),
+    "dlcm": ("#0072B2", "o"),
+    "prm": ("#D55E00", "D"),
+    "set_rank": ("#009E73", "^"),
     "random": ("#BDBDBD", "x"),
     "popular": ("#BDBDBD", "P"),
     "training": ("#000000", "_"),
@@ -1206,4 +1209,48 @@ def scaling_lines(ax: Axes, table: pd.DataFrame, x: str, label: str, power: int)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel(label)
     _label_y(ax, "time (ms)")
+    return ax
+
+
+# --- DPO4Rec (notebook 21) ---
+
+
+def loop_drawing(ax: Axes, table: pd.DataFrame) -> Axes:
+    """The steps of a loop as boxes from left to right, and an arrow back from the last to the first.
+
+    Columns: step, text (what the step makes of its input).
+    """
+    count = len(table)
+    ax.set_axis_off()
+    ax.set_xlim(-0.5, count - 0.5)
+    ax.set_ylim(-1.1, 0.6)
+    box = {"boxstyle": "round,pad=0.5", "fc": "white", "ec": "#0072B2", "lw": 1.2}
+    arrow = {"arrowstyle": "-|>", "color": "#6E6E6E", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+    for place, row in enumerate(table.itertuples()):
+        ax.text(place, 0.15, row.step, ha="center", va="center", weight="bold", color="black", bbox=box)
+        ax.text(place, -0.22, row.text, ha="center", va="top", fontsize=8)
+        if place:
+            ax.annotate("", (place - 0.36, 0.15), (place - 0.64, 0.15), arrowprops=arrow)
+    ax.plot([count - 1, count - 1, 0], [-0.62, -0.8, -0.8], color="#6E6E6E", lw=1.2)
+    ax.annotate("", (0, -0.62), (0, -0.81), arrowprops=arrow)
+    ax.text((count - 1) / 2, -0.95, "next round", ha="center", va="center", fontsize=8)
+    return ax
+
+
+def round_curves(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
+    """A mean over rounds with its intervals, a line per method, side by side.
+
+    Columns: method, round, mean, low, high, in the unit of ``label``.
+    """
+    methods, rounds = list(dict.fromkeys(table["method"])), sorted(table["round"].unique())
+    for index, method in enumerate(methods):
+        rows, style = table[table["method"] == method].sort_values("round"), look(method)
+        x = rows["round"] + 0.06 * (2 * index - len(methods) + 1) / 2
+        own = {"color": style.colour, "marker": style.marker, "label": style.label}
+        ax.errorbar(x, rows["mean"], _whiskers(rows, "mean"), **own)
+    ax.axhline(0, color="black", lw=0.9)
+    ax.set_xticks(rounds)
+    ax.set_xlim(rounds[0] - 0.3, rounds[-1] + 0.3)
+    ax.set_xlabel("round")
+    _label_y(ax, label)
     return ax

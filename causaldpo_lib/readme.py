@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from causaldpo_lib import overview, tables, verdict
+from causaldpo_lib import overview, reasoning, reranking, tables, verdict
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.parameters import declared_in
 from causaldpo_lib.paths import NOTEBOOKS
@@ -39,6 +39,11 @@ def _made(folder: Path) -> str:
         f"`{folder.name}`: {costs['runs'].sum()} runs, {minutes:.0f} minutes of one core in all, measured on "
         f"{' and '.join(sorted(set(costs['device'])))}; models of {', '.join(sizes)} parameters."
     )
+
+
+def _claims(folder: Path) -> str:
+    """Every claim about reasoning aligned with a re-ranker, with the results of its tests."""
+    return tables.markdown(reasoning.counts(reasoning.claims(reranking.read(folder))))
 
 
 def _studies(figures: Path) -> dict[str, tables.Tables]:
@@ -69,7 +74,8 @@ def _notebooks(figures: Path) -> str:
     return tables.markdown(rows.assign(notebook=rows["notebook"].str.replace("](", "](notebooks/", regex=False)))
 
 
-PARTS = {"results": _results, "ood": _ood, "made": _made}
+PARTS = {"results": _results, "ood": _ood, "made": _made, "claims": _claims}
+FIRST = {"claims": "reranking.csv"}  # the table whose presence says that a study is published, if not metrics.csv
 ALL = {"takeaway": _takeaway, "verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 
 
@@ -87,7 +93,7 @@ def filled(text: str, figures: Path) -> str:
         folder, parts = (figures, ALL) if whole else (figures / match["study"], PARTS)
         if match["part"] not in parts:
             raise StudyError(f"the README's marker {match[1].strip()!r} names no part: choose from {', '.join(parts)}")
-        if not whole and not (folder / "metrics.csv").exists():
+        if not whole and not (folder / FIRST.get(match["part"], "metrics.csv")).exists():
             return match[0]
         return f"{match[1]}{parts[match['part']](folder)}\n{match[4]}"
 

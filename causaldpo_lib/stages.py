@@ -6,6 +6,8 @@ A notebook calls ``execute(stage, globals())``; everything else here is the func
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,26 @@ from causaldpo_lib import (
     backbone,
     boosts,
     causal,
+    dpo4rec,
     environments,
     fairness,
+    knowledge,
     metrics,
     packing,
     pairs,
     pipeline,
     prompts,
     ranking,
+    rerankers,
     sasrec,
     splits,
     trainers,
 )
 from causaldpo_lib.data import load_dataset
 from causaldpo_lib.errors import StudyError, pick
-from causaldpo_lib.sources import function_digest
+from causaldpo_lib.losses import check_hyperparameters
+from causaldpo_lib.records import read_json, write_json
+from causaldpo_lib.sources import digest, function_digest
 
 TESTED = ("validation", "iid_test", "ood_test")  # validation serves the choice between methods
 LONGEST_LIST = 20  # the largest cut-off of the tables
@@ -488,6 +495,213 @@ def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int
     return {**inference.diagnostics(memberships), **_agreement(labels, sample, items), "prompts": len(sample)}
 
 
+def reason_and_rerank(
+    folder: Path,
+    data: str,
+    method: str,
+    seed: int,
+    users: int,
+    list_size: int,
+    positives: int,
+    pool: int,
+    training_lists: int,
+    list_seed: int,
+    initial_epochs: int,
+    generator: str,
+    factors: list[str],
+    teaching_texts: int,
+    teaching_epochs: float,
+    teaching_learning_rate: float,
+    encoder: str,
+    samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    generation_batch_size: int,
+    reranker: str,
+    reranking_loss: str,
+    adaptor: str,
+    embedding: int,
+    hidden: int,
+    dropout: float,
+    reranking_epochs: int,
+    patience: int,
+    reranking_learning_rate: float,
+    weight_decay: float,
+    reranking_batch_size: int,
+    folds: int,
+    rounds: int,
+    loss: str,
+    loss_options: dict[str, Any],
+    nll_weight: float,
+    memberships: str,
+    penalty: str,
+    output: str,
+    mmd_weight: float,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int,
+    lora_rank: int,
+) -> dict[str, Any]:
+    """DPO4Rec: align a generator of knowledge with its re-ranker's metric, and evaluate every row of texts.
+
+    Finished rounds stay in a hidden folder until the run is complete, so that an interrupted one goes on from there; it
+    is named after the code, the parameters and the inputs, and others are removed.
+    """
+    if rounds < 1:
+        raise StudyError(f"rounds = {rounds} aligns nothing: set it to 1 or more")
+    # All names before anything is taught.
+    reranking_loss = reranking_loss or pick(rerankers.PAPER_LOSSES, reranker, "re-ranker")
+    pick(rerankers.RERANKERS, reranker, "re-ranker")
+    pick(rerankers.RERANKING_LOSSES, reranking_loss, "re-ranking loss")
+    pick(rerankers.ADAPTORS, adaptor, "adaptor")
+    check_hyperparameters(loss, loss_options)
+    items, _ = _tables(data)
+    source = pipeline.load_run(data, "data").folder
+    split = pd.read_parquet(source / "split.parquet")
+    material, initial = dpo4rec.make_material(
+        items,
+        split,
+        size=list_size,
+        positives=positives,
+        pool=pool,
+        copies=training_lists,
+        users=users,
+        epochs=initial_epochs,
+        seed=list_seed,
+    )
+    config = read_json(folder / "config.json")
+    home = folder / ".rounds" / digest([pipeline.library_digest("dpo4rec"), config])[:10]
+    for other in (folder / ".rounds").glob("*"):
+        if other != home:
+            shutil.rmtree(other)
+    titles = items["title"].tolist()
+    values = knowledge.factor_values(items, material.counts, factors)
+    embedded = generator in _TINY
+    described = knowledge.facts(titles, values) if embedded else titles
+    start: str | Path = generator
+    shared = {"folder": folder, "batch_size": batch_size}
+    if embedded:
+        rng = np.random.default_rng(seed)
+        rows = knowledge.teaching_rows(material.histories, described, values, material.counts, teaching_texts, rng)
+        start = _taught(generator, rows, seed, lora_rank, teaching_epochs, teaching_learning_rate, **shared)
+
+    def align_on(model: Any, tokenizer: Any, rows: list[dict[str, str]], number: int) -> tuple[Any, pd.DataFrame]:
+        torch.manual_seed(seed + number)
+        arguments = _arguments(
+            trainers.CausalDPOConfig,
+            rows=len(rows),
+            seed=seed + number,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            loss=loss,
+            loss_options=loss_options,
+            nll_weight=nll_weight,
+            memberships=memberships,
+            penalty=penalty,
+            output=output,
+            mmd_weight=mmd_weight,
+            environment_seed=seed,
+            **shared,
+        )
+        trainer = trainers.CausalDPOTrainer(
+            backbone.with_lora(model, lora_rank),
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            label=f"{method}, round {number}",
+        )
+        trainer.train()
+        return trainer.model, pd.DataFrame(trainer.table()).assign(round=number)
+
+    named = factors if not embedded else list(values)
+    setup = dpo4rec.Setup(
+        material=material,
+        prompts=[
+            knowledge.knowledge_prompt([described[item] for item in history], named, instruction=not embedded)
+            for history in material.histories
+        ],
+        item_texts=knowledge.item_texts(titles, values),
+        load=lambda place: backbone.load_checkpoint(place, dtype="auto" if lora_rank else torch.float32),
+        align=align_on,
+        encoder=encoder,
+        samples=samples,
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+        batch_size=generation_batch_size,
+        folds=folds,
+        seed=seed,
+        reranking={
+            "kind": reranker,
+            "loss": reranking_loss,
+            "adaptor": adaptor,
+            "embedding": embedding,
+            "hidden": hidden,
+            "epochs": reranking_epochs,
+            "patience": patience,
+            "learning_rate": reranking_learning_rate,
+            "weight_decay": weight_decay,
+            "batch_size": reranking_batch_size,
+            "dropout": dropout,
+        },
+    )
+    found = dpo4rec.run(home, setup, start, rounds)
+    found.tables["initial"] = pd.DataFrame(initial)
+    for name in ("lists", "texts", "pairs"):
+        found.tables[name].to_parquet(folder / f"{name}.parquet")
+    for name in ("rounds", "reranking_log", "initial", "log"):
+        found.tables[name].to_csv(folder / f"{name}.csv", index=False)
+    if (source / "truth.parquet").exists():  # of simulated users alone: others are nobody's to show
+        write_json(folder / "example.json", dpo4rec.example(found.folders, material, titles))
+    if found.policy != generator:
+        shutil.copytree(found.policy, folder / "checkpoint")
+    shutil.rmtree(folder / ".rounds")
+    first, last = found.tables["rounds"].iloc[0], found.tables["rounds"].iloc[-1]
+    return {
+        "users": len(material.users),
+        **{f"left_out_{name}": count for name, count in material.left_out.items()},
+        **{f"lists_{name}": len(lists) for name, lists in material.lists.items()},
+        "false_negatives": material.false_negatives,
+        "initial_validation_ndcg10": max(row["validation_ndcg10"] for row in initial),
+        **{f"{name}_first": first[name] for name in ("reward", "validation", "gap", "pairs", "tied")},
+        **{f"{name}_last": last[name] for name in ("reward", "validation", "gap", "pairs", "tied")},
+        **{name: found.tables["rounds"][name].sum() for name in ("empty", "over_long", "unusable")},
+    }
+
+
+def _taught(
+    generator: str,
+    rows: list[dict[str, Any]],
+    seed: int,
+    lora_rank: int,
+    epochs: float,
+    learning_rate: float,
+    folder: Path,
+    batch_size: int,
+) -> Path:
+    """The checkpoint of an embedded backbone that was taught to write summaries, made unless it is there.
+
+    It lies beside the run's folder, since the runs of one seed share it whatever their re-ranker.
+    """
+    options = {"seed": seed, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size}
+    content = [function_digest("stages", "_taught"), generator, rows, options]
+    target = folder.parent / f"taught-{digest(content)[:10]}"
+    if not target.exists():
+        texts = [text for row in rows for text in (row["prompt"], *row["chosen"])]
+        model, tokenizer = _backbone(generator, texts, seed, lora_rank)
+        arguments = _arguments(
+            TrainingArguments, rows=len(rows), folder=folder, train_sampling_strategy="group_by_length", **options
+        )
+        trainer = trainers.SupervisedTrainer(model, arguments, rows, tokenizer, label="teaching")
+        trainer.train()
+        draft = target.with_name(f".{target.name}.{os.getpid()}")
+        backbone.save_checkpoint(trainer.model, tokenizer, draft)
+        try:
+            draft.rename(target)
+        except OSError:  # another run was faster, with the same result
+            shutil.rmtree(draft)
+    return target
+
+
 STAGE_FUNCTIONS = {
     "data": prepare_data,
     "sft": fine_tune,
@@ -495,6 +709,7 @@ STAGE_FUNCTIONS = {
     "align": align,
     "rank": rank,
     "environments": infer_environments,
+    "dpo4rec": reason_and_rerank,
 }
 _TINY = backbone.TINY
 

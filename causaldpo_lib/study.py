@@ -5,6 +5,7 @@
 A study file says what differs from the notebooks' defaults; a method file says what one method does otherwise. A
 value is taken from the first of: setting, sweep, method, study, notebook. Every key is checked before anything starts.
 A study with ``methods: []`` and ``seeds: []`` is one of data alone: it prepares its settings and describes them.
+One whose methods have a section ``dpo4rec`` is one of re-rankers, with runs and tables of their own.
 
 Two kinds of tables are never mixed. By default all methods share the study's negatives and beta (*matched*); with
 ``hyperparameters: published`` each has those of its own paper, the section ``published`` of its file.
@@ -35,7 +36,7 @@ STUDY_KEYS = (
     *STAGES,
 )
 SETTING_KEYS = ("name", "dataset", "shift", *STAGES)
-METHOD_STAGES = ("sft", "sasrec", "align", "rank")  # what a method may do otherwise
+METHOD_STAGES = ("sft", "sasrec", "align", "rank", "dpo4rec")  # what a method may do otherwise
 METHOD_KEYS = ("label", "summary", *METHOD_STAGES, "published")
 SWEEP_KEYS = ("method", "stage", "key", "values", "with")
 HYPERPARAMETERS = ("matched", "published")
@@ -58,6 +59,11 @@ class Method:
     overrides: Overrides
     assistants: Mapping[str, str] = field(default_factory=dict)
     entries: Overrides = field(default_factory=dict)
+
+    @property
+    def reranks(self) -> bool:
+        """Whether it is a re-ranker with a knowledge generator, and no ranker of the whole catalogue."""
+        return "dpo4rec" in self.overrides
 
     @property
     def trained(self) -> str:
@@ -106,6 +112,11 @@ class Study:
     def data_only(self) -> bool:
         """Whether it trains nothing: a setting that cannot be made is then a finding, not a failure."""
         return not self.methods
+
+    @property
+    def reranking(self) -> bool:
+        """Whether its methods are re-rankers."""
+        return any(method.reranks for method in self.methods)
 
     def outcome(self, setting: str) -> Path:
         """In a study of data alone: the file with the sentence that refused a setting, empty if nothing did."""
@@ -169,7 +180,10 @@ def load_study(name: str | Path) -> Study:
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise StudyError(f"{source}: {kind} {repeated[0]} is listed twice: list it once")
+    _alike(source, methods)
     comparisons = _comparisons(source, content, methods)
+    if comparisons and methods[0].reranks:
+        raise StudyError(f"{source}: re-rankers are compared row by row in their own tables: remove comparisons")
     split_seed = check({"split_seed": 0}, {"split_seed": content.get("split_seed", 0)}, source)["split_seed"]
     notebooks = tuple(_list(source, content, "notebooks", str)) if "notebooks" in content else ()
     for notebook in notebooks:
@@ -246,6 +260,17 @@ def _swept(source: str, content: Any, methods: Mapping[str, Method]) -> list[Met
     return found
 
 
+def _alike(source: str, methods: Sequence[Method]) -> None:
+    """Refuse what has no place in one table: re-rankers beside methods that rank the catalogue, or both in one."""
+    by_kind = {kind: [method for method in methods if method.reranks == kind] for kind in (True, False)}
+    if by_kind[True] and by_kind[False]:
+        one, other = by_kind[True][0].name, by_kind[False][0].name
+        raise StudyError(f"{source}: {one} is a re-ranker and {other} is not: give each kind a study of its own")
+    for method in by_kind[True]:
+        if others := [stage for stage in method.overrides if stage != "dpo4rec"]:
+            raise StudyError(f"{source}: {method.name} is a re-ranker without a stage {others[0]}: remove its section")
+
+
 def _comparisons(source: str, content: Mapping[str, Any], methods: Sequence[Method]) -> tuple[tuple[str, str], ...]:
     """The pairs under ``comparisons``, each of two different methods of the study."""
     known = [method.name for method in methods]
@@ -262,8 +287,9 @@ def _comparisons(source: str, content: Mapping[str, Any], methods: Sequence[Meth
 def jobs(study: Study) -> list[Job]:
     """All runs of a study, upstream first: per setting one data run, and per seed training and rank runs.
 
-    The pseudo-environments are mapped once per setting, for the first seed. A run that methods or studies have in
-    common is one folder, and one job. Without seeds there are the data runs alone.
+    The pseudo-environments are mapped once per setting, for the first seed. A re-ranker has one run per setting and
+    seed, its whole loop. A run that methods or studies have in common is one folder, and one job. Without seeds there
+    are the data runs alone.
     """
     found: dict[tuple[Path, str | None], Job] = {}
 
@@ -291,6 +317,10 @@ def jobs(study: Study) -> list[Job]:
     for setting in study.settings:
         data = add("data", setting)
         for seed in study.seeds:
+            if study.reranking:
+                for method in study.methods:
+                    add("dpo4rec", setting, seed, method, {"data": data})
+                continue
             if seed == study.seeds[0]:
                 sft = add("sft", setting, seed, None, {"data": data})
                 add("environments", setting, seed, None, {"data": data, "sft": sft})
@@ -329,7 +359,8 @@ def _job(
 def _study_file(name: str | Path) -> Path:
     if Path(name).suffix == ".yaml" or os.sep in str(name):
         return Path(name)
-    return pick({path.stem: path for path in sorted((PARAMS / "studies").glob("*.yaml"))}, str(name), "study")
+    files = {path.stem: path for path in (PARAMS / "studies").glob("*.yaml")}
+    return pick(dict(sorted(files.items())), str(name), "study")
 
 
 def _setting(source: str, content: Mapping[str, Any], shared: Mapping[str, Any]) -> Setting:

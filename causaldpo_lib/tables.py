@@ -502,11 +502,12 @@ def summary_text(folder: str | Path) -> str:
     for setting in settings(tables):
         for split in select(tables["metrics"], setting=setting)["split"].unique():
             lines += ["", f"{setting}, {SPLITS[split]}: {facts(tables, setting, split)}"]
-            lines += _columns(result_table(tables, setting, split))
+            lines += columns(result_table(tables, setting, split))
     return "\n".join([*lines[1:], "", "[low, high]: 95 % intervals over training seeds and users"])
 
 
-def _columns(table: Frame) -> list[str]:
+def columns(table: Frame) -> list[str]:
+    """A table of text cells as aligned lines for the console."""
     rows = [list(table.columns), *table.astype(str).to_numpy().tolist()]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

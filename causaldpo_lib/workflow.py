@@ -32,6 +32,8 @@ TABLES = (
     *("metrics", "paired", "shares", "groups", "slopes", "times", "validation"),
     *("diagnostics", "training", "costs"),
 )
+RERANKING_READING = ("21_dpo4rec_results",)
+RERANKING_TABLES = ("reranking", "reranking_paired", "reranking_rounds", "reranking_example", "costs")
 DATA_READING = ("09_all_datasets",)
 DATA_TABLES = ("", "_summary", "_sources", "_loading", "_histograms", "_prompts")  # of a study of data alone
 # Changed parameters (the code's digests are among them), inputs of another content, another set of inputs.
@@ -49,19 +51,22 @@ REASONS = {
 
 def reading(study: Study) -> tuple[str, ...]:
     """The notebooks that read a study's tables: those that its file names, else the usual ones."""
-    return study.notebooks or (DATA_READING if study.data_only else READING)
+    usual = DATA_READING if study.data_only else RERANKING_READING if study.reranking else READING
+    return study.notebooks or usual
 
 
 def tables_of(study: Study) -> tuple[str, ...]:
     """The stems of a study's tables."""
     if study.data_only:
         return tuple(f"datasets{part}" for part in DATA_TABLES)
+    if study.reranking:
+        return RERANKING_TABLES
     return (*TABLES, *(f"points-{setting.name}" for setting in study.settings))
 
 
 def writer(study: Study) -> str:
     """The module whose ``write`` makes a study's tables, and whose ``summary_text`` shows them."""
-    return "survey" if study.data_only else "tables"
+    return "survey" if study.data_only else "reranking" if study.reranking else "tables"
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,8 @@ def _belongs(study: Study, stem: str) -> bool:
     """Whether a table or figure is of all settings or a present one: those of a removed one stay behind."""
     if study.data_only:
         return stem.startswith("datasets")
+    if study.reranking:
+        return stem == "costs" or stem.startswith("reranking")
     if stem.startswith("recovery"):  # of python -m causaldpo_lib.recovery, which no study runs
         return True
     return stem in TABLES or stem.endswith(("-all", *(f"-{setting.name}" for setting in study.settings)))

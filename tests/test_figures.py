@@ -19,7 +19,8 @@ from causaldpo_lib.study import load_study
 STUDIES = sorted(
     path.stem
     for path in (PARAMS / "studies").glob("*.yaml")
-    if any((FIGURES / path.stem / f"{table}.csv").exists() for table in ("metrics", "datasets"))  # it is published
+    # one of these is there once a study is published
+    if any((FIGURES / path.stem / f"{table}.csv").exists() for table in ("metrics", "datasets", "reranking"))
 )
 
 

@@ -14,7 +14,8 @@ from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.ranking import RANKERS
 from causaldpo_lib.study import jobs, load_method, load_study
 
-METHODS = sorted(path.stem for path in (PARAMS / "methods").glob("*.yaml"))
+FILES = sorted(path.stem for path in (PARAMS / "methods").glob("*.yaml"))
+METHODS = [name for name in FILES if not load_method(name).reranks]  # re-rankers: test_reranking.py
 SMALL = {
     "settings": [{"dataset": "simulated", "shift": "environment"}],
     "methods": METHODS,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy
+from sklearn.metrics import ndcg_score
 
 from causaldpo_lib import metrics
 
@@ -283,3 +284,67 @@ def test_interventional_error_at_its_edges():
     ):
         with pytest.raises(ValueError, match=says):
             metrics.interventional_kl(logps, truth)
+
+
+# Lists with many positives
+
+# Of labels 0 1 0 1: DCG 1/log2(3) + 1/log2(5), the best order's 1 + 1/log2(3); precisions 1/2 and 2/4.
+SECOND, FOURTH = 1 / math.log2(3), 1 / math.log2(5)
+
+
+@pytest.mark.parametrize(
+    ("k", "ndcg", "precision"),
+    [(1, 0.0, 0.0), (2, SECOND / (1 + SECOND), 0.25), (4, (SECOND + FOURTH) / (1 + SECOND), 0.5), (9, 0.650921, 0.5)],
+)
+def test_list_metrics_of_a_hand_worked_list(k, ndcg, precision):
+    for labels in ([0, 1, 0, 1], [0, 1, 0, 1, 0, 0, 0]):
+        assert metrics.list_ndcg(labels, k) == pytest.approx(ndcg, abs=5e-7)
+        assert metrics.list_average_precision([labels], k) == pytest.approx([precision])
+
+
+def test_a_positive_beyond_the_cutoff_still_counts_in_the_ideal_but_only_up_to_k_of_them():
+    labels = [1, 0, 0, 1, 1, 1]
+    assert metrics.list_ndcg(labels, 3) == pytest.approx(1 / (1 + SECOND + 0.5))
+    assert metrics.list_average_precision(labels, 3) == pytest.approx(1 / 3)
+    assert metrics.list_average_precision(labels, 1) == metrics.list_ndcg(labels, 1) == 1.0
+
+
+def test_ndcg_of_graded_labels_has_exponential_gains():
+    """Gains 2^y - 1: 1, 7, 3 against 7, 3, 1."""
+    assert metrics.list_ndcg([1, 3, 2], 3) == pytest.approx((1 + 7 * SECOND + 1.5) / (7 + 3 * SECOND + 0.5))
+
+
+@given(st.integers(0, 10_000), st.sampled_from((1, 3, 5, 10)))
+def test_list_metrics_agree_with_scikit_learn_and_a_loop(seed, k):
+    rng = np.random.default_rng(seed)
+    lists = rng.random((5, 7)) < rng.random()
+    ndcg, precision = metrics.list_ndcg(lists, k), metrics.list_average_precision(lists, k)
+    for labels, value, average in zip(lists, ndcg, precision, strict=True):
+        if not labels.any():
+            assert math.isnan(value) and math.isnan(average)
+            continue
+        assert value == pytest.approx(ndcg_score([labels], [-np.arange(7.0)], k=k))
+        found = [labels[: i + 1].mean() for i in range(min(k, 7)) if labels[i]]
+        assert average == pytest.approx(sum(found) / min(k, labels.sum()))
+        assert 0 <= average <= 1 and 0 <= value <= 1 + 1e-12
+
+
+@given(st.integers(0, 20), st.sampled_from(CUTOFFS))
+def test_with_one_positive_list_metrics_are_those_of_its_rank(rank, k):
+    labels = np.arange(21) == rank
+    assert metrics.list_ndcg(labels, k) == pytest.approx(metrics.ndcg_at_k([rank], k))
+    assert metrics.list_average_precision(labels, k) == pytest.approx(metrics.mrr_at_k([rank], k))
+
+
+@pytest.mark.parametrize("function", [metrics.list_ndcg, metrics.list_average_precision])
+def test_list_metrics_refuse_what_is_no_label(function):
+    for labels, k, says in (
+        ([0, math.nan], 5, ">= 0"),
+        ([[0, -1]], 5, ">= 0"),
+        (1, 5, "lists of numbers"),
+        ([0, 1], 0, "whole number"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            function(labels, k)
+    with pytest.raises(ValueError, match="labels 0 and 1"):
+        metrics.list_average_precision([0, 2], 5)

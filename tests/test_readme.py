@@ -2,6 +2,7 @@
 
 import re
 
+import pandas as pd
 import pytest
 from fabricated import setting
 
@@ -34,6 +35,19 @@ def test_parts_are_filled_from_tables_and_unfinished_studies_left_alone(tmp_path
     assert "; models of 1,000 parameters." in made
     with pytest.raises(StudyError, match="names no part"):
         readme.filled("<!-- some clams -->\n<!-- end -->", tmp_path)
+
+
+def test_claims_of_a_study_of_rerankers_need_its_own_tables(tmp_path, monkeypatch):
+    text = "<!-- some claims -->\nkept\n<!-- end -->\n"
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "metrics.csv").touch()  # of another kind of study
+    assert readme.filled(text, tmp_path) == text
+    (tmp_path / "some" / "reranking.csv").touch()
+    counted = {"claim": ["knowledge helps"], "supported": [3]}
+    monkeypatch.setattr(readme.reranking, "read", lambda folder: folder.name)
+    monkeypatch.setattr(readme.reasoning, "claims", lambda found: found)
+    monkeypatch.setattr(readme.reasoning, "counts", lambda found: pd.DataFrame(counted) if found == "some" else None)
+    assert "| knowledge helps | 3 |" in readme.filled(text, tmp_path)
 
 
 def test_example_titles_are_in_the_catalogue_of_the_default_study():
