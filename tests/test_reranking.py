@@ -96,7 +96,8 @@ def test_a_sweep_of_a_reranker_is_a_method_of_its_own(tmp_path):
 def test_the_studies_can_be_planned(name):
     steps = workflow.plan(load_study(name))
     found = load_study(name)
-    assert {step.label for step in steps} <= {job.label for job in jobs(found)} | {f"tables of {name}"}
+    after = {f"{last} of {name}" for last in ("tables", *workflow.reading(found))}
+    assert {step.label for step in steps} <= {job.label for job in jobs(found)} | after
     assert len(jobs(found)) == len(found.settings) * (1 + 9)
 
 
