@@ -7,7 +7,7 @@ that text. The S-DPO family asks which of a few listed candidates a text names.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -54,22 +54,35 @@ def generate_texts(
     return [[text.strip() for text in texts[row * beams : (row + 1) * beams]] for row in range(len(prompts))]
 
 
+def last_states(
+    decoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Last-layer states (B, T, d) of texts, padded at the end, and their lengths (B,) in tokens, batch by batch.
+
+    A text without a token is read as the end-of-sequence token.
+    """
+    device = next(decoder.parameters()).device
+    for first in range(0, len(texts), batch_size):
+        part = tokenizer(list(texts[first : first + batch_size]))["input_ids"]
+        rows = [torch.tensor(ids or [tokenizer.eos_token_id], device=device) for ids in part]
+        lengths = torch.tensor([len(ids) for ids in rows], device=device)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        seen = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+        yield decoder(input_ids=ids, attention_mask=seen).last_hidden_state, lengths
+
+
 def state_encoder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Encoder:
     """BIGRec's encoder: the last-layer state of a text's last token, from the backbone itself."""
     decoder, _ = decoder_and_head(model)
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> Tensor:
-        device = next(decoder.parameters()).device
-        found = []
-        for first in range(0, len(texts), batch_size):
-            part = tokenizer(list(texts[first : first + batch_size]))["input_ids"]
-            ends = torch.tensor([len(ids) - 1 for ids in part])
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in part], batch_first=True)
-            seen = (torch.arange(ids.shape[1]) <= ends[:, None]).long()
-            states = decoder(input_ids=ids.to(device), attention_mask=seen.to(device)).last_hidden_state
-            found.append(states[torch.arange(len(part)), ends].float().cpu())
-        return torch.cat(found)
+        return torch.cat(
+            [
+                states[torch.arange(len(states), device=states.device), lengths - 1].float().cpu()
+                for states, lengths in last_states(decoder, tokenizer, texts, batch_size)
+            ]
+        )
 
     return encode
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from causaldpo_lib.decoding import check_finite, read_prompts
 from causaldpo_lib.errors import StudyError, pick
-from causaldpo_lib.grounding import Encoder, squeezed
+from causaldpo_lib.grounding import Encoder, last_states, squeezed
 from causaldpo_lib.packing import decoder_and_head
 from causaldpo_lib.prompts import SEPARATOR, encode_prompts, response_text
 
@@ -357,17 +357,11 @@ def mean_encoder(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_siz
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> Tensor:
-        device = next(decoder.parameters()).device
         found = []
-        for first in range(0, len(texts), batch_size):
-            part = tokenizer([response_text(text) for text in texts[first : first + batch_size]])["input_ids"]
-            part = [ids or [tokenizer.eos_token_id] for ids in part]
-            lengths = torch.tensor([len(ids) for ids in part])
-            ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in part], batch_first=True)
-            seen = torch.arange(ids.shape[1]) < lengths[:, None]
-            states = decoder(input_ids=ids.to(device), attention_mask=seen.long().to(device)).last_hidden_state
-            states = states.float().cpu().masked_fill(~seen[..., None], 0.0)
-            found.append(states.sum(1) / lengths[:, None])
+        for states, lengths in last_states(decoder, tokenizer, [response_text(text) for text in texts], batch_size):
+            padded = torch.arange(states.shape[1], device=states.device) >= lengths[:, None]
+            total = states.float().masked_fill(padded[..., None], 0.0).sum(1)
+            found.append((total / lengths[:, None]).cpu())
         return torch.cat(found)
 
     return encode
