@@ -17,7 +17,6 @@ validation lists (``validation``), and their change since round 0 (``..._gain``)
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ from causaldpo_lib.costs import cost_rows
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import SPLITS, look
-from causaldpo_lib.records import folder_with, read_json, read_table, shown, write_tables
+from causaldpo_lib.records import folder_with, read_json, read_table, write_tables
 from causaldpo_lib.tables import columns, markdown, select
 
 Frame = pd.DataFrame
@@ -249,18 +248,9 @@ def summary_text(folder: str | Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a study's tables and print their paths; 0, or 1 after one sentence about what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.reranking", description=main.__doc__)
-    parser.add_argument("study", help="name of params/studies/<name>.yaml")
-    options = parser.parse_args(arguments)
-    from causaldpo_lib.study import load_study
+    from causaldpo_lib.study import command
 
-    try:
-        for path in write(load_study(options.study)):
-            print(shown(path))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command("reranking", main.__doc__, write, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -428,6 +428,25 @@ def _list(source: str, content: Mapping[str, Any], key: str, kind: type) -> list
 
 
 # --- command line ---
+
+
+def command(
+    module: str, about: str | None, write: Callable[[Study], Iterable[Path]], given: Sequence[str] | None
+) -> int:
+    """What ``python -m causaldpo_lib.<module> STUDY`` does where ``write`` makes a study's tables: print their paths.
+
+    ``about`` is its help; returns 0, or 1 after one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m causaldpo_lib.{module}", description=about)
+    parser.add_argument("study", help="name of params/studies/<name>.yaml")
+    options = parser.parse_args(given)
+    try:
+        for path in write(load_study(options.study)):
+            print(shown(path))
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,6 @@ A setting whose files are missing, or of which its filters leave nothing, is a r
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import re
@@ -36,7 +35,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import ROOT, data_folder
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import SPLITS as SPLIT_LABELS
-from causaldpo_lib.records import folder_with, read_table, shown, write_tables
+from causaldpo_lib.records import folder_with, read_table, write_tables
 from causaldpo_lib.splits import SPLITS
 from causaldpo_lib.tables import histogram, select
 
@@ -428,18 +427,9 @@ def shown_numbers(study: Tables, setting: str) -> Frame:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables of a study of data alone and print their paths; 0, or 1 after one sentence about the fault."""
-    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.survey", description=main.__doc__)
-    parser.add_argument("study", help="name of params/studies/<name>.yaml")
-    options = parser.parse_args(arguments)
-    from causaldpo_lib.study import load_study
+    from causaldpo_lib.study import command
 
-    try:
-        for path in write(load_study(options.study)):
-            print(shown(path))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command("survey", main.__doc__, write, arguments)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ metric ``causal_KL`` needs predictions with a column ``catalogue_logps``, a list
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -520,18 +519,9 @@ def columns(table: Frame) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write a study's tables and print their paths; 0, or 1 after one sentence about what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.tables", description=main.__doc__)
-    parser.add_argument("study", help="name of params/studies/<name>.yaml")
-    options = parser.parse_args(arguments)
-    from causaldpo_lib.study import load_study
+    from causaldpo_lib.study import command
 
-    try:
-        for path in write(load_study(options.study)):
-            print(shown(path))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command("tables", main.__doc__, write, arguments)
 
 
 if __name__ == "__main__":
