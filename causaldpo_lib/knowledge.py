@@ -5,8 +5,8 @@ DPO4Rec (arXiv 2410.05939) prompts a language model with a user's history and wi
 
 An embedded backbone knows nothing about any title, so its prompts hold what the items' table says of each item (genres,
 decade ...) in place of the title, and it is taught first: from such histories to templated summaries of random parts of
-them. Which factors, values and manner of counting a summary has is drawn too. Sampled
-texts then differ in what they say, as those of a large model do, and no template is better by construction.
+them. Which factors, values and manner of counting a summary has is drawn too. Sampled texts then differ in what they
+say, as those of a large model do, and no template is better by construction.
 
 A text is one paragraph: what follows a line break is cut off. A generation without any word is *empty*; one with
 neither an end nor a line break within its tokens is *over-long*. Both count as no text: an empty string, and a vector
@@ -177,8 +177,8 @@ def item_texts(titles: Sequence[str], values: Values) -> list[str]:
     """What is known of each item: its title and its factors. The item knowledge of KAR, from metadata."""
     texts = []
     for position, title in enumerate(titles):
-        facts = [f"{factor} {', '.join(rows[position])}" for factor, rows in values.items() if rows[position]]
-        texts.append(SEPARATOR.join([title, *facts]))
+        known = [f"{factor} {', '.join(rows[position])}" for factor, rows in values.items() if rows[position]]
+        texts.append(SEPARATOR.join([title, *known]))
     return texts
 
 
