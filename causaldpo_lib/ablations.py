@@ -119,7 +119,14 @@ Axis = Values | Choice
 BOTH = ("causal_dpo", "dpo")
 SMALL = "backbone-tiny-small"
 AXES: dict[str, Axis] = {
-    "lambda": Values("Weight λ of the penalty", "λ (no unit; 0 is DPO)", "mmd_weight", off="dpo", log=True),
+    "lambda": Values(
+        "Weight λ of the penalty",
+        "λ (no unit; 0 is DPO)",
+        "mmd_weight",
+        ("causal_dpo", "shuffled"),
+        off="dpo",
+        log=True,
+    ),
     "beta": Values("Beta, with and without the penalty", "beta (per nat)", "loss_options.beta", BOTH, log=True),
     "learning_rate": Values(
         "Learning rate, with and without the penalty", "peak learning rate of AdamW", "learning_rate", BOTH, log=True
@@ -389,7 +396,7 @@ def searches(tables: Tables, setting: str, known: Parameters) -> dict[str, list[
     found: dict[str, list[str]] = {}
     for axis in SEARCHED:
         rows = members(tables, setting, axis, known)
-        for base in AXES[axis].bases:
+        for base in (base for base in AXES[axis].bases if base in BOTH):  # nobody chooses a control
             own = rows[rows["method"].isin([base, AXES[axis].off])]["member"].tolist()
             if len(own) > 1:
                 found[f"{AXES[axis].label.split(' (')[0]} of {look(base).label}"] = own
@@ -451,7 +458,8 @@ def selection_takeaway(tables: Tables, setting: str, known: Parameters) -> str:
 
 def _without_penalty(tables: Tables, setting: str, known: Parameters) -> str:
     """Whether validation would have the penalty at all; empty where λ has no path or there is no validation split."""
-    candidates = members(tables, setting, "lambda", known)["member"].tolist()
+    path = members(tables, setting, "lambda", known)
+    candidates = path[path["method"].isin(BOTH)]["member"].tolist()
     if "dpo" not in candidates or len(candidates) < 2:
         return ""
     chosen = [_chosen(tables, setting, candidates, rule)[0] for rule in SELECTION if rule.startswith("iid")]

@@ -102,8 +102,13 @@ def test_every_row_of_a_sweep_is_on_an_axis(tables):
 
 def test_values_are_those_of_the_study(tables):
     rows = ablations.members(tables, SETTING, "lambda", KNOWN)
-    assert rows["value"].tolist() == [0, 0.001, 0.1, 1, 10]
-    assert rows["member"].tolist()[0] == "dpo" and rows["member"].tolist()[3] == "causal_dpo"
+    assert rows.groupby("method")["value"].apply(list).to_dict() == {
+        "dpo": [0],
+        "causal_dpo": [0.001, 0.1, 1, 10, 100],
+        "shuffled": [1, 10, 100],
+    }
+    assert rows["value"].is_monotonic_increasing
+    assert rows.set_index("member").loc[["dpo", "causal_dpo", "shuffled"], "value"].tolist() == [0, 1, 1]
     rows = ablations.members(tables, SETTING, "learning_rate", KNOWN)
     assert rows.groupby("method")["value"].apply(list).to_dict() == {
         m: [3e-5, 1e-4, 3e-4] for m in ("causal_dpo", "dpo")
@@ -129,8 +134,10 @@ def test_values_are_compared_within_a_line_and_across_lines(tables):
     def pairs(axis):
         return AXES[axis].pairs(ablations.members(tables, SETTING, axis, KNOWN))
 
-    assert {*pairs("lambda").values()} == {
-        (name, "dpo") for name in METHODS if name == "causal_dpo" or name.startswith("causal_dpo-mmd_weight-")
+    path = [name for name in METHODS if name in ("causal_dpo", "shuffled") or "-mmd_weight-" in name]
+    assert {*pairs("lambda").values()} == {*((name, "dpo") for name in path)} | {
+        (name, name.replace("causal_dpo", "shuffled"))
+        for name in ("causal_dpo", "causal_dpo-mmd_weight-10.0", "causal_dpo-mmd_weight-100.0")
     }
     beta = pairs("beta")
     assert beta["CausalDPO, 0.5 against 1"] == ("causal_dpo-beta-0.5", "causal_dpo")
@@ -147,7 +154,7 @@ def test_a_row_that_the_study_does_not_know_is_refused(tables):
 
 def test_plotted_values_are_in_the_units_of_their_labels(tables):
     rows = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, "lambda", KNOWN))
-    assert list(dict.fromkeys(rows["metric"])) == list(METRICS) and len(rows) == 5 * 3 * 2
+    assert list(dict.fromkeys(rows["metric"])) == list(METRICS) and len(rows) == 9 * 3 * 2
     one = rows.query("member == 'causal_dpo' and split == 'ood_test'").set_index("metric")
     assert one.loc[PRIMARY, "mean"] == pytest.approx(-7.6) and one.loc[PRIMARY, "label"] == "log p (nats)"
     assert one.loc[SHARE, "mean"] == pytest.approx(51) and one.loc[SHARE, "high"] == pytest.approx(66)
@@ -176,11 +183,13 @@ def test_zero_stands_apart_on_a_logarithmic_axis(tables):
     ax = axes[0, 0]
     part = rows[(rows["metric"] == PRIMARY) & (rows["split"] == "ood_test")]
     plots.value_paths(ax, part, "λ", ablations.levels(tables, SETTING).iloc[:0], log=True)
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.001", "0.1", "1", "10"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0", "0.001", "0.1", "1", "10", "100"]
     places = ax.get_xticks()
-    assert np.allclose(places[1:], [-3, -1, 0, 1]) and places[0] < -3
+    assert np.allclose(places[1:], [-3, -1, 0, 1, 2]) and places[0] < -3
     lines = {c.get_label(): c for c in ax.containers}
-    assert len(lines["DPO"].lines[0].get_xdata()) == 1 and len(lines["CausalDPO"].lines[0].get_xdata()) == 4
+    assert {name: len(line.lines[0].get_xdata()) for name, line in lines.items()} == {
+        **{"DPO": 1, "CausalDPO": 5, "Shuffled control": 3}
+    }
     plt.close(fig)
 
 
@@ -225,9 +234,9 @@ def test_a_takeaway_follows_the_numbers(numbers, word):
     text = ablations.takeaway(tables, SETTING, "lambda", KNOWN)
     size = f"{numbers[0]:+.2f} nats [{numbers[1]:+.2f}, {numbers[2]:+.2f}], p = 0.006"
     moved = f"CausalDPO, 0.1 against 0: {word} ({size}); " if word else ""
-    still = f"no detectable change in {3 if word else 4} of 4 comparisons, a change of ±8.6 % refuted in 0."
+    still = f"no detectable change in {10 if word else 11} of 11 comparisons, a change of ±8.6 % refuted in 0."
     assert text.startswith(f"**Takeaway.** *{SETTING}, OOD test.* Log-probability of the target: {moved}{still}")
-    counts = {each: f"{each} in {2 * (each == word)} of 8" for each in ("raised", "lowered")}
+    counts = {each: f"{each} in {2 * (each == word)} of 22" for each in ("raised", "lowered")}
     assert all(text.count(count) == 2 for count in counts.values()), text
 
 
@@ -269,7 +278,7 @@ def test_the_widest_range_is_first(tables):
 
 def test_validation_chooses_and_the_test_stands_beside(tables):
     found = ablations.selection(tables, SETTING, KNOWN).set_index("search")
-    assert found.loc["λ of CausalDPO", "candidates"] == "5"
+    assert found.loc["λ of CausalDPO", "candidates"] == "6"
     assert found.loc["λ of CausalDPO", "iid_validation_logp"] == "CausalDPO, λ 10.0: -7.20 [-7.40, -7.00]"
     assert list(found.index) == [
         *("λ of CausalDPO", "beta of CausalDPO", "beta of DPO"),
@@ -277,7 +286,7 @@ def test_validation_chooses_and_the_test_stands_beside(tables):
         *("all of CausalDPO", "all of DPO"),
     ]
     candidates = ablations.searches(tables, SETTING, KNOWN)
-    assert "dpo" not in candidates["all of CausalDPO"] and len(candidates["all of CausalDPO"]) == 8
+    assert "dpo" not in candidates["all of CausalDPO"] and len(candidates["all of CausalDPO"]) == 9
     off = made_up(best="dpo")
     found = ablations.selection(off, SETTING, KNOWN).set_index("search")
     assert found.loc["λ of CausalDPO", "iid_validation_logp"].startswith("DPO: -7.90")
