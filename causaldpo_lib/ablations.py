@@ -8,13 +8,14 @@ in nats, NDCG and shares in percent, of differences in points.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import Image
 from matplotlib.figure import Figure
 
 from causaldpo_lib import plots, takeaways
@@ -23,7 +24,17 @@ from causaldpo_lib.evaluation import MARGIN, SELECTION, K, share_metric
 from causaldpo_lib.evaluation import select as select_by_rule
 from causaldpo_lib.plots import SPLITS, look, metric_scale, metric_unit
 from causaldpo_lib.study import jobs, load_study
-from causaldpo_lib.tables import TEST_SPLITS, Tables, markdown, only_cell, select, settings
+from causaldpo_lib.tables import (
+    TEST_SPLITS,
+    Tables,
+    figures_folder,
+    markdown,
+    only_cell,
+    read,
+    select,
+    settings,
+    tables_folder,
+)
 from causaldpo_lib.takeaways import Change, Pairs, change, control_sentence, equivalence
 
 Frame = pd.DataFrame
@@ -306,30 +317,64 @@ def _difference(found: Change | None, equal: str | None) -> str:
 # --- panels ---
 
 
-def panels(tables: Tables, axis: str, known: Parameters, output: str | Path) -> Iterator[tuple[list[Figure], str]]:
-    """Per setting the figure of an axis, saved in ``output`` and closed, and its text in Markdown.
+class Source(NamedTuple):
+    """A study whose panels are shown: its tables, its methods' parameters, and the folder for its figures."""
 
-    Text: what the figure shows, the table of differences, and the takeaway. Without two rows of the axis there is no
+    name: str
+    tables: Tables
+    parameters: Parameters
+    output: Path
+
+
+def sources(tables: str | Path, beside: Collection[str | Path], figures: str | Path = "") -> list[Source]:
+    """The study whose tables are in a folder, its figures in ``figures``, and then those in the folders ``beside``.
+
+    A study does not stand beside itself.
+    """
+    first = tables_folder(tables)
+    others = [tables_folder(folder) for folder in beside if Path(folder).name != first.name]
+    return [
+        Source(folder.name, read(folder), parameters(folder.name), figures_folder(own, folder))
+        for folder, own in [(first, figures), *((folder, "") for folder in others)]
+    ]
+
+
+def panels(studies: Sequence[Source], axis: str) -> Iterator[tuple[list[Image], str]]:
+    """Per study and setting the figure of an axis, saved in the study's ``output``, and its text in Markdown.
+
+    Text: what the figure shows, the table of differences, and the takeaway. Studies after the first are shown only if
+    they have a row of the axis that those before have not. Without two rows of the axis in any study there is no
     figure, and the text is a sentence.
     """
-    for setting in settings(tables):
-        found = members(tables, setting, axis, known)
-        if len(found) < 2:
-            title = pick(AXES, axis, "axis").title
-            there = f"only {look(found['member'].iloc[0]).label}" if len(found) else "none"
-            yield [], f"*{title}: left out, since of its rows the tables of {setting} have {there}.*"
-            continue
-        rows, behind = plotted(tables, setting, found), levels(tables, setting)
-        fig = draw(setting, AXES[axis], rows, behind)
-        plots.save(fig, f"ablations-{axis}-{setting}", pd.concat([rows, behind]), output)
-        plt.close(fig)
-        table = markdown(difference_table(tables, setting, AXES[axis].pairs(found)))
-        said = takeaway(tables, setting, axis, known)
-        names = ", ".join(look(method).label for method in dict.fromkeys(behind["method"]))
-        fig.set_dpi(72)  # as shown, not as saved: a dozen panels in a notebook of 1 MB at most
-        caption = takeaways.caption(tables, setting).rstrip("*")
-        caption += f" Lines behind: {names or 'none'}; the band is the interval of the shuffled control.*"
-        yield [fig], "\n\n".join([caption, table, said])
+    known: set[str] = set()
+    absent = []
+    for study in studies:
+        for setting in settings(study.tables):
+            found = members(study.tables, setting, axis, study.parameters)
+            if len(found) < 2:
+                title = pick(AXES, axis, "axis").title
+                there = f"only {look(found['member'].iloc[0]).label}" if len(found) else "none"
+                absent.append(f"*{title}: left out, since of its rows the tables of {setting} have {there}.*")
+            elif study is studies[0] or set(found["member"]) - known:
+                known |= set(found["member"])
+                yield _panel(study, setting, axis, found)
+    yield from (([], text) for text in absent[: len(settings(studies[0].tables))] if not known)
+
+
+def _panel(study: Source, setting: str, axis: str, found: Frame) -> tuple[list[Image], str]:
+    """The figure and the text of one axis in one setting, whose rows are ``found``."""
+    tables = study.tables
+    rows, behind = plotted(tables, setting, found), levels(tables, setting)
+    fig = draw(setting, AXES[axis], rows, behind)
+    plots.save(fig, f"ablations-{axis}-{setting}", pd.concat([rows, behind]), study.output)
+    picture = plots.picture(fig)
+    plt.close(fig)
+    table = markdown(difference_table(tables, setting, AXES[axis].pairs(found)))
+    said = takeaway(tables, setting, axis, study.parameters)
+    names = ", ".join(look(method).label for method in dict.fromkeys(behind["method"]))
+    caption = takeaways.caption(tables, setting).rstrip("*").replace("*", f"*Study `{study.name}`. ", 1)
+    caption += f" Lines behind: {names or 'none'}; the band is the interval of the shuffled control.*"
+    return [picture], "\n\n".join([caption, table, said])
 
 
 def draw(setting: str, axis: Axis, rows: Frame, behind: Frame) -> Figure:

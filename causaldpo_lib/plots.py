@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
@@ -220,6 +223,15 @@ def save(fig: Figure, stem: str, data: pd.DataFrame, folder: str | Path) -> Path
     image = target / f"{stem}.png"
     fig.savefig(image, dpi=DPI, metadata={"Software": None})  # same figure, same bytes
     return image
+
+
+def picture(fig: Figure, dpi: int = 100) -> Image:
+    """The figure as a notebook shows it, in a palette of 128 colours: a third of the bytes, the same to the eye."""
+    full, small = BytesIO(), BytesIO()
+    fig.savefig(full, format="png", dpi=dpi, metadata={"Software": None})
+    with PIL.Image.open(full) as pixels:
+        pixels.convert("RGB").quantize(128).save(small, "png", optimize=True)
+    return Image(small.getvalue(), format="png")
 
 
 def _whiskers(rows: pd.DataFrame, value: str, scale: float = 1.0) -> np.ndarray:

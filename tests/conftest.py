@@ -91,7 +91,7 @@ def run_notebook(tmp_path, monkeypatch):
             exec(code, space)
         images = {path.stem for path in folder.glob("*.png")}
         assert images == {path.stem for path in folder.glob("*.csv")}
-        texts = [thing.data for thing in shown if hasattr(thing, "data")]
+        texts = [thing.data for thing in shown if isinstance(getattr(thing, "data", None), str)]
         assert not [text for text in texts if re.search(r"\bnan\b|\bNone\b", text)]
         assert not plt.get_fignums()  # each figure is shown once, where the notebook says so
         return defaults, images, shown

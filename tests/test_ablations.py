@@ -1,5 +1,7 @@
 """The notebook on ablations: rows find their axis and place, sentences follow the numbers, and every cell runs."""
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -81,6 +83,10 @@ def without(tables, *methods):
     """The tables without some methods."""
     left = [name for name in tables["metrics"]["method"].unique() if name not in methods]
     return {name: rows[rows["method"].isin(left)] if "method" in rows else rows for name, rows in tables.items()}
+
+
+def source(tables, output, name="a study"):
+    return ablations.Source(name, tables, KNOWN, output)
 
 
 # Axes
@@ -198,15 +204,15 @@ def test_zero_stands_apart_on_a_logarithmic_axis(tables):
 
 def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
     few = without(tables, "vrex", "group_dro", "backdoor", "dpo", *(n for n in METHODS if n.startswith("dpo-")))
-    ((figures, text),) = ablations.panels(few, "penalties", KNOWN, tmp_path)
+    ((figures, text),) = ablations.panels([source(few, tmp_path)], "penalties")
     assert not figures and not list(tmp_path.iterdir())
     assert text == (
         "*Which penalty on the inferred environments: left out, since of its rows the tables of ml-100k-popularity "
         "have only CausalDPO.*"
     )
-    ((_, text),) = ablations.panels(without(tables, *METHODS[1:]), "gradient", KNOWN, tmp_path)
+    ((_, text),) = ablations.panels([source(without(tables, *METHODS[1:]), tmp_path)], "gradient")
     assert text.endswith("have none.*")
-    ((figures, text),) = ablations.panels(few, "lambda", KNOWN, tmp_path)  # without DPO, against the base
+    ((figures, text),) = ablations.panels([source(few, tmp_path)], "lambda")  # without DPO, against the base
     assert (
         len(figures) == 1
         and "CausalDPO, 0.1 against 1" in text
@@ -214,10 +220,34 @@ def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
     )
 
 
+def test_a_further_study_is_shown_only_where_it_adds_rows(tables, tmp_path):
+    added = [name for name in METHODS if name.endswith("-100.0") or name.startswith("rose_po")]
+    first, further = without(tables, *added), without(tables, "vrex", "bigrec")
+    both = [source(first, tmp_path / "a", "first"), source(further, tmp_path / "b", "further")]
+
+    def shown(axis, studies):
+        return [text.split("`")[1] for figures, text in ablations.panels(studies, axis) if figures]
+
+    assert shown("lambda", both) == ["first", "further"]
+    assert shown("penalties", both) == ["first"] and shown("beta", both) == ["first"]
+    assert shown("rosepo", both) == ["further"] and shown("rosepo", both[:1]) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert {path.stem.split("-")[1] for path in (tmp_path / "b").glob("*.png")} == {"lambda", "rosepo"}
+
+
+def test_a_study_does_not_stand_beside_itself(tables, written, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)
+    folder = Path(written(tables))
+    (only,) = ablations.sources(folder, [f"elsewhere/{folder.name}"], tmp_path / "drawn")
+    assert only.name == folder.name and only.output == tmp_path / "drawn"
+    with pytest.raises(StudyError, match="make study STUDY=other"):
+        ablations.sources(folder, ["elsewhere/other"])
+
+
 def test_a_study_of_other_things_has_sentences_only(tables, tmp_path):
     other = without(tables, *(set(METHODS) - {"sft"}))
     for axis in AXES:
-        assert [not figures for figures, _ in ablations.panels(other, axis, KNOWN, tmp_path)] == [True]
+        assert [not figures for figures, _ in ablations.panels([source(other, tmp_path)], axis)] == [True]
     assert ablations.selection(other, SETTING, KNOWN).empty
     assert ablations.selection_takeaway(other, SETTING, KNOWN).endswith("no hyper-parameter that a rule could choose.")
     assert "nothing on these axes was compared" in ablations.verdict(other, KNOWN)
@@ -318,8 +348,8 @@ def test_sizes_are_those_of_the_fine_tuned_models(tables):
 
 def test_the_notebook_draws_and_explains_everything(tables, run_notebook, written, monkeypatch):
     monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)  # the folder has another name
-    defaults, images, shown = run_notebook("15_ablations", tables=written(tables))
-    assert defaults["tables"] == "../figures/ablations"
+    defaults, images, shown = run_notebook("15_ablations", tables=written(tables), beside=[])
+    assert defaults["tables"] == "../figures/ablations" and defaults["beside"] == ["../figures/variants"]
     assert images == {f"ablations-{axis}-{SETTING}" for axis in (*AXES, "ranges")}
-    texts = [thing.data for thing in shown if hasattr(thing, "data")]
+    texts = [thing.data for thing in shown if isinstance(getattr(thing, "data", None), str)]
     assert sum("**Takeaway.**" in text for text in texts) >= len(AXES) + 2

@@ -1,5 +1,6 @@
 """Figures show exactly the values they are given, methods keep their look, reading notebooks draw everything."""
 
+import io
 from itertools import pairwise
 
 import matplotlib
@@ -8,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 from fabricated import setting
 
@@ -162,6 +164,20 @@ def test_methods_keep_distinct_looks_and_the_labels_of_their_files():
     for file in (PARAMS / "methods").glob("*.yaml"):
         assert f"label: {plots.look(file.stem).label}" in file.read_text("utf8")
     assert plots.look("brand_new").label == "brand_new" and plots.look("brand_new") == plots.look("brand_new")
+
+
+def test_a_picture_is_small_and_looks_the_same():
+    """Up to the fringes of letters, in the colours that were drawn, and of the size that was asked for."""
+    fig, axes = plots.panels(height=3)
+    for method in ("sft", "dpo", "causal_dpo", "shuffled"):
+        axes[0, 0].plot(np.random.default_rng(len(method)).normal(size=200), color=plots.look(method).colour)
+    full = io.BytesIO()
+    fig.savefig(full, dpi=90)
+    shown = plots.picture(fig, dpi=90).data
+    before, after = (np.asarray(PIL.Image.open(io.BytesIO(d)).convert("RGB"), float) for d in (full.getvalue(), shown))
+    plt.close(fig)
+    assert after.shape == before.shape and len(shown) < len(full.getvalue()) / 2
+    assert np.abs(after - before).mean() < 1 and np.abs(after - before).max() < 64
 
 
 def test_saving_writes_the_picture_and_its_values(tmp_path):
