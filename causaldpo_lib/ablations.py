@@ -35,7 +35,7 @@ from causaldpo_lib.tables import (
     settings,
     tables_folder,
 )
-from causaldpo_lib.takeaways import Change, Pairs, change, control_sentence, equivalence
+from causaldpo_lib.takeaways import NOTHING, Pairs, change, control_sentence, difference_cell, equivalence
 
 Frame = pd.DataFrame
 Parameters = Mapping[str, Mapping[str, Any]]  # method to its parameters of alignment
@@ -45,7 +45,6 @@ METRICS = {PRIMARY: "log-probability of the target", f"NDCG@{K}": f"NDCG@{K}", S
 SHORT = {PRIMARY: "log p", f"NDCG@{K}": f"NDCG@{K}", SHARE: "share of G1"}
 # Behind every panel: no penalty, the control of the environments, and bounds (of which the second looks at the target).
 LEVELS = ("dpo", "shuffled", "oracle_environment", "oracle_history", "oracle_target")
-NOTHING = "no detectable change"
 
 
 @dataclass(frozen=True)
@@ -299,19 +298,9 @@ def difference_table(tables: Tables, setting: str, pairs: Pairs) -> Frame:
         for split in TEST_SPLITS:
             line = {"comparison": name, "test": SPLITS[split].removesuffix(" test")}
             for metric, title in titles.items():
-                key = (tables, setting, split, metric, *pair)
-                line[title] = _difference(change(*key), equivalence(*key))
+                line[title] = difference_cell(tables, setting, split, metric, *pair)
             lines.append(line)
     return pd.DataFrame(lines, columns=["comparison", "test", *titles.values()])
-
-
-def _difference(found: Change | None, equal: str | None) -> str:
-    if found is None:
-        return "not compared"
-    text = found.size.replace(f" {metric_unit(found.metric, difference=True)} ", " ")  # the unit heads the column
-    if found.word != NOTHING:
-        return f"{text}, **{found.word}**"
-    return text + ", equivalent" * (equal == "equivalent")
 
 
 # --- panels ---

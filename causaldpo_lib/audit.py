@@ -22,7 +22,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.metrics import discounts
 from causaldpo_lib.plots import look
 from causaldpo_lib.tables import Tables, select, settings
-from causaldpo_lib.takeaways import change
+from causaldpo_lib.takeaways import NOTHING, change
 
 PUBLISHED = Path(__file__).resolve().parent / "published"
 TOLERANCE = 0.005  # points, half of the last printed digit
@@ -410,7 +410,7 @@ def side_by_side(rows: Frame, tables: Tables) -> Frame:
                 continue
             paper, level = 100 * (printed[method][metric] / printed[baseline][metric] - 1), levels[metric, baseline]
             direction = "undecided"
-            if found.word != "no detectable change":
+            if found.word != NOTHING:
                 direction = "same" if (paper > 0) == (found.difference > 0) else "opposite"
             key = {"setting": setting, "dataset": SHIFTS[shift], "metric": metric, "method": method}
             numbers = {name: 100 * getattr(found, name) / level for name in ("difference", "low", "high")}

@@ -2,7 +2,8 @@
 
 Datasets, backbones and sizes differ, so a setting of this study stands beside the printed dataset of its kind of shift
 (``PAPER``). A printed difference, CausalDPO minus a row in NDCG@10, is a hypothesis about a direction; this study's
-paired difference with its Holm-corrected p-value decides it, or leaves it undecided.
+paired difference with its Holm-corrected p-value decides it, or leaves it undecided. A second part sets the two kinds of
+this study's tables beside each other: hyper-parameters matched, and those of each method's own paper.
 
 Sources: arXiv 2603.22335, Tables 1, 3, 4, 5, 8 and 9, as ``published/accuracy.csv`` holds them; Kendall, Biometrika 30,
 1938 (tau; with ties tau-b).
@@ -10,8 +11,9 @@ Sources: arXiv 2603.22335, Tables 1, 3, 4, 5, 8 and 9, as ``published/accuracy.c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -21,13 +23,15 @@ from scipy.stats import kendalltau
 from causaldpo_lib.audit import OURS, SHIFTS, printed_rows, published, violations
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import FLOORS
-from causaldpo_lib.plots import SPLITS, look
-from causaldpo_lib.tables import Tables, cell, facts, heading, only_cell, select, settings
-from causaldpo_lib.takeaways import change
+from causaldpo_lib.plots import SPLITS, look, metric_unit
+from causaldpo_lib.tables import TEST_SPLITS, Tables, cell, facts, heading, only_cell, select, settings
+from causaldpo_lib.takeaways import NOTHING, Pairs, change, control_sentence, difference_cell
 
 Frame = pd.DataFrame
 NDCG = "NDCG@10"  # the metric whose directions are compared
 SHOWN = ("HR@10", NDCG, "target_logp")
+OWN = "-published"  # ends the names of settings whose methods have the hyper-parameters of their own papers
+ORDERED = {"target_logp": "log p", NDCG: NDCG}  # by which methods are put in order, as titles have them
 
 
 class Printed(NamedTuple):
@@ -155,7 +159,7 @@ def directions(panel: Panel) -> Frame:
         here_pair = rows.loc[method, "here"], rows.loc[baseline, "here"]
         found = change(panel.tables, panel.setting, panel.table.split, NDCG, *here_pair)
         result = "untested" if found is None else "undecided"
-        if found and found.word != "no detectable change":
+        if found and found.word != NOTHING:
             result = "agree" if (found.word == "raised") == (claimed > 0) else "opposite"
         line = {"row": baseline if method == OURS else f"{method} − {baseline}", "result": result}
         half_width = 50 * (found.high - found.low) / here if found else np.nan
@@ -215,3 +219,74 @@ def _order(panel: Panel, rows: Frame) -> str:
     value = "undefined" if np.isnan(tau) else f"{tau:+.2f}"
     few = ", which says little of so few" * (len(rows) <= 3)
     return f"Kendall's tau of the printed and this study's order: {value} (methods: {len(rows)}{few})."
+
+
+# --- matched and as published ---
+
+
+class Kind(NamedTuple):
+    """One of the two kinds of tables: with hyper-parameters that all methods share, or those of each method's paper."""
+
+    name: str
+    tables: Tables
+    setting: str
+
+
+def both_kinds(matched: Tables, own: Tables, setting: str) -> tuple[Kind, Kind]:
+    """A setting with matched hyper-parameters, and its counterpart (``OWN``) with those of each method's own paper."""
+    return Kind("matched", matched, setting), Kind("as published", own, setting + OWN)
+
+
+def kind_pairs(kinds: Sequence[Kind]) -> Pairs:
+    """What is compared in both kinds: DPO with SFT, each other method with DPO, CausalDPO with its shuffled control."""
+    methods = [list(select(kind.tables["metrics"], setting=kind.setting)["method"].unique()) for kind in kinds]
+    shared = [method for method in methods[0] if method in methods[1] and method not in FLOORS]
+    others = [(method, "dpo") for method in shared if method not in ("sft", "dpo")]
+    pairs = [("dpo", "sft"), *others, ("causal_dpo", "shuffled")]
+    return {f"{look(m).label} against {look(b).label}": (m, b) for m, b in pairs if {m, b} <= set(shared)}
+
+
+def kinds_table(kinds: Sequence[Kind]) -> Frame:
+    """``kind_pairs`` as text cells: differences in log p and NDCG@10 on each test, in either kind.
+
+    No family of tests holds both kinds: p is Holm's in the study of its own.
+    """
+    titles = {metric: f"{name} ({metric_unit(metric, difference=True)})" for metric, name in ORDERED.items()}
+    lines = []
+    for (name, pair), split in product(kind_pairs(kinds).items(), TEST_SPLITS):
+        line = {"comparison": name, "test": SPLITS[split].removesuffix(" test")}
+        for (metric, title), kind in product(titles.items(), kinds):
+            line[f"{title}, {kind.name}"] = difference_cell(kind.tables, kind.setting, split, metric, *pair)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def kinds_takeaway(kinds: Sequence[Kind]) -> str:
+    """Whether each paper's own hyper-parameters change what the comparisons and their order say. In Markdown."""
+    setting, pairs = kinds[0].setting, kind_pairs(kinds)
+    if not pairs:
+        return f"*{setting}: no study with the hyper-parameters of each method's own paper stands beside it.*"
+    methods = list(dict.fromkeys(name for pair in pairs.values() for name in pair))
+    said = []
+    for metric, title in ORDERED.items():
+        words = [
+            [found and found.word for found in (change(k.tables, k.setting, split, metric, *pair) for k in kinds)]
+            for pair, split in product(pairs.values(), TEST_SPLITS)
+        ]
+        words = [each for each in words if all(each)]
+        counts = [
+            f"{kind.name}, raised in {column.count('raised')} and lowered in {column.count('lowered')}"
+            for kind, column in zip(kinds, zip(*words, strict=True), strict=False)
+        ]
+        turned = sum({*each} == {"raised", "lowered"} for each in words)
+        ood = [select(k.tables["metrics"], setting=k.setting, split="ood_test", metric=metric) for k in kinds]
+        tau = kendalltau(*(rows.set_index("method")["mean"][methods] for rows in ood)).statistic
+        said.append(
+            f"- {title}, {len(words)} comparisons over both tests: {'; '.join(counts)}; one way in one kind and the "
+            f"other way in the other: {turned}. Kendall's tau between the two orders of {len(methods)} methods on the "
+            f"OOD test: {tau:+.2f}."
+        )
+    last = kinds[-1]
+    control = change(last.tables, last.setting, "ood_test", "target_logp", "causal_dpo", "shuffled")
+    said.append(f"- {last.name.capitalize()}: {control_sentence(control, 'log p on the OOD test')}")
+    return "\n".join([f"**Takeaway.** *{setting}.*", "", *said])

@@ -14,7 +14,7 @@ import pandas as pd
 from causaldpo_lib.plots import SPLITS, look
 from causaldpo_lib.reranking import row_label
 from causaldpo_lib.tables import select
-from causaldpo_lib.takeaways import verdict
+from causaldpo_lib.takeaways import NOTHING, verdict
 
 Frame = pd.DataFrame
 Tables = Mapping[str, Frame]
@@ -32,7 +32,7 @@ CLAIMS = {
     "Aligned knowledge helps more than KAR": (LAST, "kar"),
     "What helps is said about the user: aligned knowledge beats that of others": (LAST, "shuffled"),
 }
-WORDS = {"raised": "supported", "lowered": "contradicted", "no detectable change": "not detected"}
+WORDS = {"raised": "supported", "lowered": "contradicted", NOTHING: "not detected"}
 
 
 def settings(tables: Tables) -> list[str]:

@@ -31,6 +31,7 @@ from causaldpo_lib.tables import (
 Frame = pd.DataFrame
 Pairs = Mapping[str, tuple[str, str]]  # what is compared, in words, to method and baseline
 LEVEL = 0.05  # of a claim, after Holm's correction
+NOTHING = "no detectable change"
 ALIGNED = (("dpo", "sft"), ("causal_dpo", "dpo"), ("shuffled", "dpo"))  # what each step changes
 
 
@@ -40,7 +41,7 @@ def verdict(low: float, high: float, p: float | None = None) -> str:
     The interval must leave out 0, and where a (corrected) p-value is given it must be at most 0.05.
     """
     if (p is not None and p > LEVEL) or low <= 0 <= high or np.isnan([low, high]).any():
-        return "no detectable change"
+        return NOTHING
     return "raised" if low > 0 else "lowered"
 
 
@@ -74,7 +75,7 @@ class Change(NamedTuple):
     def sentence(self, what: str) -> str:
         """``DPO raised <what> against SFT (+3.10 points [...])``, without a full stop."""
         method, baseline = look(self.method).label, look(self.baseline).label
-        if self.word == "no detectable change":
+        if self.word == NOTHING:
             return f"{method} shows no detectable change in {what} against {baseline} ({self.size})"
         return f"{method} {self.word} {what} against {baseline} ({self.size})"
 
@@ -100,6 +101,17 @@ def equivalence(tables: Tables, setting: str, split: str, metric: str, method: s
     return outcome(rows["p_holm"].iloc[0], rows["p_equivalent_holm"].iloc[0])
 
 
+def difference_cell(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> str:
+    """``method`` minus ``baseline`` under a heading with the unit: its size, and what it shows, if it does."""
+    key = (tables, setting, split, metric, method, baseline)
+    if (found := change(*key)) is None:
+        return "not compared"
+    text = found.size.replace(f" {metric_unit(metric, difference=True)} ", " ")
+    if found.word != NOTHING:
+        return f"{text}, **{found.word}**"
+    return text + ", equivalent" * (equivalence(*key) == "equivalent")
+
+
 def answers(tables: Tables, setting: str, split: str, metric: str, pairs: Pairs) -> str:
     """Of each pair: ``raised``, ``lowered`` or no detectable change, its size, and if the margin is refuted."""
     said = []
@@ -112,7 +124,7 @@ def answers(tables: Tables, setting: str, split: str, metric: str, pairs: Pairs)
 
 def tally(tables: Tables, metric: str, pairs: Pairs, where: Sequence[str] | None = None) -> str:
     """In how many of all settings (or those of ``where``) and test splits each pair differs, and in which."""
-    found: dict[str, list[str]] = {"lowered": [], "raised": [], "no detectable change": []}
+    found: dict[str, list[str]] = {"lowered": [], "raised": [], NOTHING: []}
     refuted = 0
     for setting, split, (name, pair) in product(where or settings(tables), TEST_SPLITS, pairs.items()):
         key = (tables, setting, split, metric, *pair)
@@ -136,7 +148,7 @@ def equivalence_sentence(tables: Tables, setting: str, split: str, metric: str, 
     for method, baseline in pairs:
         word = equivalence(tables, setting, split, metric, method, baseline)
         detected = change(tables, setting, split, metric, method, baseline)
-        if word == "equivalent" and detected.word != "no detectable change":
+        if word == "equivalent" and detected.word != NOTHING:
             word += " (a detected difference below the margin)"
         said += [f"{look(method).label} and {look(baseline).label} {word}"] if word else []
     return f"Against a margin of ±{100 * MARGIN:.1f} %, in {what}: {', '.join(said)}." if said else ""
@@ -184,7 +196,7 @@ def control_sentence(control: Change | None, what: str) -> str:
     """What the comparison of CausalDPO with its shuffled control says about the inferred environments."""
     if control is None:
         return "Without the shuffled control nothing can be said about the inferred environments."
-    if control.word == "no detectable change":
+    if control.word == NOTHING:
         return (
             f"CausalDPO and its control with shuffled memberships cannot be told apart in {what} "
             f"({control.size}), so no effect of the inferred environments is shown here."
@@ -523,7 +535,7 @@ def claim_table(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> Frame:
                 word = "not detected"
                 if equivalence(tables, setting, split, *claim[1:4]) == "equivalent":
                     word = "equivalent"
-                elif found.word != "no detectable change":
+                elif found.word != NOTHING:
                     word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"
                 key = {"claim": claim.text, "setting": setting, "split": SPLITS[split]}
                 lines.append({**key, "result": word, "difference": found.size})

@@ -10,6 +10,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import FLOORS
 from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.plots import look
+from causaldpo_lib.study import load_study
 from causaldpo_lib.tables import read
 
 UP, DOWN, NOTHING = (0.01, 0.004, 0.016, 0.006), (-0.01, -0.016, -0.004, 0.006), (0.01, -0.002, 0.022, 0.6)
@@ -288,3 +289,62 @@ def test_published_tables_can_be_read(number):
     studies = {"ml-100k": read("../figures/ml-100k")}
     assert agreement(number, studies).startswith(f"**Table {number}.** ")
     assert beside(number, studies).empty == (comparison.panels(number, studies) == [])
+
+
+# Matched and as published
+
+
+def as_published(levels, changes=None):
+    return study(POPULARITY + comparison.OWN, levels, changes)
+
+
+def test_kinds_share_their_comparisons_and_not_their_tests():
+    levels = {"sft": 0.05, **LEVELS, "dpo": 0.035, "shuffled": 0.04}
+    pair = ("s_dpo", "dpo")
+    matched = study(levels=levels, changes={pair: UP, ("causal_dpo", "shuffled"): NOTHING})
+    own = as_published({name: levels[name] for name in levels if name != "dmpo"}, {("dpo", "s_dpo"): UP})
+    kinds = comparison.both_kinds(matched, own, POPULARITY)
+    assert list(comparison.kind_pairs(kinds).values()) == [
+        *(("dpo", "sft"), ("causal_dpo", "dpo"), ("sasrec", "dpo"), pair, ("shuffled", "dpo")),
+        ("causal_dpo", "shuffled"),
+    ]
+    table = comparison.kinds_table(kinds).set_index(["comparison", "test"])
+    row = table.loc["S-DPO against DPO", "OOD"]
+    assert row["NDCG@10 (points), matched"] == "+1.00 [+0.40, +1.60], p = 0.006, **raised**"
+    assert row["NDCG@10 (points), as published"] == "-1.00 [-1.60, -0.40], p = 0.006, **lowered**"
+    assert row["log p (nats), matched"] == "+0.10 [+0.04, +0.16], p = 0.006, **raised**"
+    assert (table.loc["S-DPO against DPO", "IID"] == "not compared").all()
+    assert table.loc["CausalDPO against Shuffled control", "OOD"].tolist()[1::2] == ["not compared"] * 2
+    text = comparison.kinds_takeaway(kinds)
+    assert (
+        "- log p, 1 comparisons over both tests: matched, raised in 1 and lowered in 0; as published, raised in 0 and "
+        "lowered in 1; one way in one kind and the other way in the other: 1."
+    ) in text
+    assert text.count("of 6 methods on the OOD test: +1.00.") == 2
+    assert text.endswith(
+        "As published: Without the shuffled control nothing can be said about the inferred environments."
+    )
+
+
+@pytest.mark.parametrize(("order", "tau"), [((0.03, 0.02, 0.01), "+1.00"), ((0.01, 0.02, 0.03), "-1.00")])
+def test_the_order_of_the_kinds_is_compared(order, tau):
+    names = ("dpo", "causal_dpo", "shuffled")
+    control = {("causal_dpo", "shuffled"): UP}
+    matched = study(levels=dict(zip(names, (0.03, 0.02, 0.01), strict=True)), changes=control)
+    own = as_published(dict(zip(names, order, strict=True)), control)
+    text = comparison.kinds_takeaway(comparison.both_kinds(matched, own, POPULARITY))
+    assert text.count(f"Kendall's tau between the two orders of 3 methods on the OOD test: {tau}.") == 2
+    assert "raised in 1 and lowered in 0; as published, raised in 1 and lowered in 0" in text
+    assert "As published: With the inferred environments log p on the OOD test is higher" in text
+
+
+def test_without_a_counterpart_nothing_stands_beside():
+    kinds = comparison.both_kinds(study(), study(), POPULARITY)
+    assert not comparison.kind_pairs(kinds) and comparison.kinds_table(kinds).empty
+    assert comparison.kinds_takeaway(kinds).startswith(f"*{POPULARITY}: no study")
+
+
+def test_the_published_study_is_the_counterpart_of_a_matched_one():
+    own, matched = load_study("published"), load_study("baselines")
+    assert {setting.name for setting in own.settings} == {f"{s.name}{comparison.OWN}" for s in matched.settings}
+    assert len({method.name for method in own.methods} & {method.name for method in matched.methods}) >= 9
