@@ -2,8 +2,10 @@
 
 Datasets, backbones and sizes differ, so a setting of this study stands beside the printed dataset of its kind of shift
 (``PAPER``). A printed difference, CausalDPO minus a row in NDCG@10, is a hypothesis about a direction; this study's
-paired difference with its Holm-corrected p-value decides it, or leaves it undecided. A second part sets the two kinds of
-this study's tables beside each other: hyper-parameters matched, and those of each method's own paper.
+paired difference with its Holm-corrected p-value decides it, or leaves it undecided.
+
+A second part sets the two kinds of this study's tables beside each other: hyper-parameters matched, and those of each
+method's own paper.
 
 Sources: arXiv 2603.22335, Tables 1, 3, 4, 5, 8 and 9, as ``published/accuracy.csv`` holds them; Kendall, Biometrika 30,
 1938 (tau; with ties tau-b).

@@ -59,6 +59,20 @@ def small_model(architecture: str, vocabulary: int):
     return AutoModelForCausalLM.from_config(configs[architecture]())
 
 
+def execute(stage, folder, **overrides):
+    """Run a stage's own function in ``folder``, its parameters the notebook's defaults under ``overrides``."""
+    from causaldpo_lib import pipeline, stages
+
+    return stages.execute(stage, pipeline.resolve(stage, {"run": str(folder), **overrides}))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder for the runs of one file's stages, on one thread."""
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.fixture
 def run_notebook(tmp_path, monkeypatch):
     """Run the code cells of a reading notebook with other parameters, its figures in ``tmp_path / "figures"``.

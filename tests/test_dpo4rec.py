@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import small_model
+from conftest import execute, small_model
 from sklearn.metrics import ndcg_score
 
-from causaldpo_lib import dpo4rec, knowledge, pipeline, rerankers, sasrec, stages, trainers
+from causaldpo_lib import dpo4rec, knowledge, rerankers, sasrec, trainers
 from causaldpo_lib.backbone import load_checkpoint, train_tokenizer
 from causaldpo_lib.errors import StudyError
 
@@ -38,16 +38,6 @@ RANKING = {
     **{"kind": "prm", "loss": "softmax", "adaptor": "linear", "embedding": 8, "hidden": 8, "epochs": 2, "patience": 2},
     **{"learning_rate": 1e-3, "weight_decay": 0.0, "batch_size": 16, "dropout": 0.0},
 }
-
-
-def execute(stage, folder, **overrides):
-    return stages.execute(stage, pipeline.resolve(stage, {"run": str(folder), **overrides}))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    torch.set_num_threads(1)
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from conftest import small_model
+from conftest import execute, small_model
 
-from causaldpo_lib import pipeline, stages
+from causaldpo_lib import stages
 from causaldpo_lib.backbone import train_tokenizer
 from causaldpo_lib.causal import Backdoor
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.metrics import ndcg_at_k
 from causaldpo_lib.ranking import recommend
-
-
-def execute(stage, folder, **overrides):
-    return stages.execute(stage, pipeline.resolve(stage, {"run": str(folder), **overrides}))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    torch.set_num_threads(1)
-    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="module")
