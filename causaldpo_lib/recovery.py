@@ -17,7 +17,6 @@ Shares, entropies and accuracies are fractions; AMI is adjusted mutual informati
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +48,7 @@ from causaldpo_lib.environments import (
 )
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.pipeline import load_run
-from causaldpo_lib.records import folder_with, read_table, shown, write_tables
+from causaldpo_lib.records import folder_with, read_table, write_tables
 from causaldpo_lib.released import EPS, MIN_SAMPLES
 from causaldpo_lib.stages import history_genres, history_groups, periods, true_environments
 from causaldpo_lib.tables import select
@@ -696,19 +695,9 @@ def _upper(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the tables of a study whose environments are known and print their paths; 0, or 1 after one sentence."""
-    parser = argparse.ArgumentParser(prog="python -m causaldpo_lib.recovery", description=main.__doc__)
-    parser.add_argument("study", help="name of params/studies/<name>.yaml")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="training prompts at most (%(default)s)")
-    options = parser.parse_args(arguments)
-    from causaldpo_lib.study import load_study
+    from causaldpo_lib.study import command
 
-    try:
-        for path in write(load_study(options.study), options.prompts):
-            print(shown(path))
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command("recovery", main.__doc__, write, arguments)
 
 
 if __name__ == "__main__":
