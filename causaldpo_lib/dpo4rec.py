@@ -11,7 +11,8 @@ Who may know what, so that a reward says something about users and not about the
 
 - A user's training interactions are cut in time. The *early* half, at most 30 items (KAR, arXiv 2306.10933), is all
   that prompts, histories and the initial ranker see. The *late* rest makes the user's training lists, and each held-out
-  split one list. No list's positive was ever a target of the initial ranker.
+  split one list. No list's positive was ever a target of the initial ranker, and all come strictly after the early
+  part: a random split also holds out interactions before it, which the early part would give away.
 - Lists are drawn from a pool, the initial ranker's top items after the early history: the user's positives that are in
   it, and hard negatives from the rest of it. Positives that the ranker has below the pool are not put in. They would
   stand under all negatives, and a re-ranker would find them by turning the order around, whatever it knows of the user.
@@ -69,7 +70,8 @@ class Material:
     """U users with an early history, their lists by split, and ``counts`` (I,), the early interactions of each item.
 
     ``histories`` are catalogue positions, oldest first. ``left_out``: users without an early history, and by split
-    users without a positive in the pool. ``false_negatives``: share of the training lists' negatives that are held out.
+    users without a later positive in the pool. ``false_negatives``: share of the training lists' negatives that are
+    held out.
     """
 
     users: np.ndarray
@@ -126,28 +128,32 @@ def make_material(
             "positives < list_size <= pool"
         )
     rng = np.random.default_rng([seed, 0])
-    place = pd.Series(pd.Index(items["item"]).get_indexer(split["item"]), index=split.index)
-    of_user = {name: place[split["split"] == name].groupby(split["user"]).agg(list).to_dict() for name in SPLITS}
-    everyone = np.sort(split["user"].unique())
-    chosen = np.array([user for user in everyone if of_user["train"].get(user)])
+    moment = split["time"] if "time" in split else np.arange(len(split))
+    rows = split.assign(place=pd.Index(items["item"]).get_indexer(split["item"]), moment=moment)
+    parts = {name: rows[rows["split"] == name] for name in SPLITS}
+    everyone, chosen = np.sort(split["user"].unique()), np.sort(parts["train"]["user"].unique())
     without = len(everyone) - len(chosen)
     if 0 < users < len(chosen):
         chosen = np.sort(rng.choice(chosen, users, replace=False))
-    training = [of_user["train"][user] for user in chosen]
+    training = _by_user(parts["train"], "place", chosen)
     early = [row[: early_part(row)] for row in training]
-    late = [row[early_part(row) :] for row in training]
-    held_out = {name: [of_user[name].get(user, []) for user in chosen] for name in SPLITS[1:]}
-    everything = [[*chain(*rows)] for rows in zip(training, *held_out.values(), strict=True)]
+    moments = _by_user(parts["train"], "moment", chosen)
+    last = pd.Series([times[len(row) - 1] for times, row in zip(moments, early, strict=True)], index=chosen)
+    targets_of = {
+        name: _by_user(part[part["moment"] > part["user"].map(last)], "place", chosen) for name, part in parts.items()
+    }
+    positives_of = [_by_user(part, "place", chosen) for part in parts.values()]
+    everything = [[*chain(*several)] for several in zip(*positives_of, strict=True)]
 
     nothing = StudyError(
         f"none of {len(chosen)} users has a late training interaction among the initial ranker's top {pool}, so there "
         "is no list to learn from: choose a larger pool, or data with longer histories"
     )
-    if not any(late):
+    if not any(targets_of["train"]):
         raise nothing
     ranker, log = _initial_ranker(early, len(items), epochs, seed)
     lists, left_out = {}, {"early": without}
-    for number, (name, targets) in enumerate({"train": late, **held_out}.items()):
+    for number, (name, targets) in enumerate(targets_of.items()):
         known = training if name == "train" else everything
         draws = np.random.default_rng([seed, 1, number])
         several = copies if name == "train" else 1
@@ -165,6 +171,12 @@ def make_material(
     )
     counts = np.bincount(np.concatenate(early), minlength=len(items))
     return Material(chosen, early, lists, counts, left_out, hidden / max(int(negative.sum()), 1)), log
+
+
+def _by_user(rows: pd.DataFrame, column: str, users: np.ndarray) -> list[list[int]]:
+    """A column's values of each of some users, in the order of the rows."""
+    found = rows.groupby("user")[column].agg(list).to_dict()
+    return [found.get(user, []) for user in users.tolist()]
 
 
 def _initial_ranker(

@@ -96,7 +96,9 @@ def test_lists_hold_what_their_split_says(material, tables):
             training = of_user["train"][user]
             early = material.histories[list(material.users).index(user)]
             assert early == training[: len(early)] and len(early) == (len(training) + 1) // 2
-            own = training[len(early) :] if name == "train" else of_user[name][user]
+            rows = split[split["user"] == user]
+            end = rows.loc[rows["split"] == "train", "time"].iloc[len(early) - 1]
+            own = position.get_indexer(rows.loc[(rows["split"] == name) & (rows["time"] > end), "item"]).tolist()
             positive = [item for item, label in zip(places, labels, strict=True) if label]
             negative = [item for item, label in zip(places, labels, strict=True) if not label]
             assert 1 <= len(positive) <= 3 and set(positive) <= set(own) and len(set(places)) == 8
