@@ -392,6 +392,8 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
     moved = [f"{name}: {each.word} ({each.size})" for name, each in found.items() if each.word != NOTHING]
     equal = [equivalence(tables, setting, "ood_test", PRIMARY, *pairs[name]) for name in found]
     still = f"no detectable change in {len(found) - len(moved)} of {len(found)} comparisons"
+    if unsure := [f"{name} ({each.size})" for name, each in found.items() if each.open]:
+        still += f", though the interval leaves out 0 before correction in: {', '.join(unsure)}"
     refuted = f", a change of ±{100 * MARGIN:.1f} % refuted in {equal.count('equivalent')}"
     rest = [
         f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}" for name, title in METRICS.items()
@@ -535,7 +537,9 @@ def verdict(tables: Tables, known: Parameters) -> str:
             count += len(tested)
             if tested:
                 some = sum(each.word != NOTHING for each in tested)
-                (moved if some else still).append(about.title + f" ({some} of {len(tested)})" * bool(some))
+                unsure = sum(each.open for each in tested)
+                counted = f" ({some} of {len(tested)})" * bool(some) + f" ({unsure} before correction)" * bool(unsure)
+                (moved if some else still).append(about.title + counted)
         if not count:
             said.append(f"- *{setting}*: nothing on these axes was compared.")
             continue

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from causaldpo_lib.data.simulated import simulate
@@ -78,41 +79,56 @@ def _where(rows: Frame) -> str:
     return ", ".join(f"{r.setting} ({r.mean:+.1f} [{r.low:+.1f}, {r.high:+.1f}])" for r in rows.itertuples()) or "none"
 
 
-def _counted(rows: Frame, what: str) -> str:
+def _counted(rows: Frame) -> str:
     """In how many settings a step raised, lowered or left a share, with the sizes of what was detected."""
+    if rows.empty:
+        return ""
     raised, lowered = rows[rows["word"] == "raised"], rows[rows["word"] == "lowered"]
     return (
-        f"{what}: raised in {len(raised)} of {len(rows)} settings ({_where(raised)}), lowered in {len(lowered)} "
+        f"raised in {len(raised)} of {len(rows)} settings ({_where(raised)}), lowered in {len(lowered)} "
         f"({_where(lowered)}), no detectable change in the rest."
     )
 
 
 def causes_takeaway(changes: Frame, split: str = "ood_test") -> str:
-    """What uniform and popularity-proportional negatives do everywhere, and without any confounder, in Markdown."""
+    """Does DPO amplify, is a confounder or the sampler the cause, do CausalDPO and its control undo it? In Markdown."""
     rows = changes[changes["split"] == split]
-    uniform, popular = rows[rows["method"] == "dpo"], rows[rows["method"] == "popularity_negatives"]
-    sentences = [f"**Takeaway.** *Share of G1 (points), {SPLITS[split]}, against SFT.*"]
-    sentences += [_counted(uniform, "DPO with uniform negatives")] if len(uniform) else []
-    sentences += [_counted(popular, "DPO with popularity negatives")] if len(popular) else []
-    return " ".join([*sentences, strength_sentence(uniform), strength_sentence(popular)]).strip()
+    uniform, popular, causal, shuffled = (
+        rows[(rows["method"] == method) & (rows["baseline"] == baseline)] for method, baseline in STEPS[:4]
+    )
+    answers = {
+        "Amplification, DPO with uniform negatives against SFT": _counted(uniform),
+        "A confounder behind it": strength_sentence(uniform),
+        "The negatives, popularity-proportional ones against SFT": _counted(popular),
+        "A confounder behind that": strength_sentence(popular),
+        "CausalDPO against DPO": _counted(causal),
+        "Its shuffled control against DPO": _counted(shuffled),
+    }
+    lines = [f"- {name}: {text}" for name, text in answers.items() if text]
+    return "\n".join([f"**Takeaway.** *Share of G1 (points), {SPLITS[split]}.*", "", *lines])
 
 
 def strength_sentence(rows: Frame) -> str:
-    """One step at the least and at the greatest confounding strength; empty where no strength is known."""
+    """One step at the least and at the greatest confounding strength; empty where no strength is known.
+
+    The settings are independent, so the half-widths of their intervals add in squares to that of the difference.
+    """
     rows = rows.dropna(subset="strength").sort_values("strength")
     if rows.empty:
         return ""
     least, most = rows.iloc[0], rows.iloc[-1]
-    step = f"{look(least['method']).label} against {look(least['baseline']).label}"
-    at = "Without any confounding" if least["strength"] == 0 else f"At strength {least['strength']:g}"
-    first = f"{at}, {step}: {least['size']}"
+    at = "without any confounding" if least["strength"] == 0 else f"at strength {least['strength']:g}"
+    first = f"{at} {least['size']}"
     if least["word"] == "raised" and least["strength"] == 0:
         first += ", so that this amplification needs no confounder"
     if len(rows) == 1:
         return first + "."
-    apart = most["low"] > least["high"] or most["high"] < least["low"]
-    overlap = "the two intervals have no value in common" if apart else "the two intervals overlap"
-    return f"{first}. At strength {most['strength']:g}: {most['size']}; {overlap}."
+    difference = most["mean"] - least["mean"]
+    reach = np.hypot(least["high"] - least["low"], most["high"] - most["low"]) / 2
+    return (
+        f"{first}; at strength {most['strength']:g} {most['size']}; that is {difference:+.1f} "
+        f"[{difference - reach:+.1f}, {difference + reach:+.1f}] points by confounding."
+    )
 
 
 def changes_caption(changes: Frame) -> str:

@@ -258,8 +258,14 @@ def verdict(tables: Tables) -> str:
     """What the study says about the collapse, about DynamicPO, and about its parts."""
     fall, mended, parts = (tally(tables, pairs) for pairs in (COLLAPSE, MENDED, PARTS))
     nothing = " No fall is detected that DynamicPO could mend." if "lowered in 0" in fall else ""
-    return (
-        f"**Takeaway.** HR@1 over all losses and test splits:\n\n- Collapse, {MANY} negatives against {FEW}: {fall}."
-        f"{nothing}\n- DynamicPO against the loss alone, {MANY} negatives: {mended}.\n- Parts of DynamicPO on DMPO, "
-        f"each against its control: {parts}."
+    own = tally(tables, {name: tuple(f"dynamic_{method}" for method in pair) for name, pair in COLLAPSE.items()})
+    return "\n".join(
+        [
+            "**Takeaway.** HR@1 over all losses and test splits:",
+            "",
+            f"- Collapse, {MANY} negatives against {FEW}: {fall}.{nothing}",
+            f"- The same with DynamicPO: {own}.",
+            f"- DynamicPO against the loss alone, {MANY} negatives: {mended}.",
+            f"- Parts of DynamicPO on DMPO, each against its control: {parts}.",
+        ]
     )

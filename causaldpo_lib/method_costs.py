@@ -203,7 +203,7 @@ def epoch_takeaway(costs: Mapping[str, Any]) -> str:
 def penalty_takeaway(costs: Mapping[str, Any]) -> str:
     """How the penalty grows with batch and environments, and what it is beside a step that grows in proportion."""
     rows = penalty_scaling(costs)
-    powers = [f"{series} {exponent(part, 'batch'):.2f}" for series, part in rows.groupby("series", sort=False)]
+    powers = [f"{exponent(part, 'batch'):.2f} ({series})" for series, part in rows.groupby("series", sort=False)]
     largest = rows[rows["batch"] == rows["batch"].max()].sort_values("environments")
     few, many = largest.iloc[0], largest.iloc[-1]
     step = 1000 * np.median(_steps(costs)[BASE]["total"]) / costs["size"]["batch"] * few["batch"]

@@ -19,7 +19,8 @@ from causaldpo_lib.records import shown
 from causaldpo_lib.tables import Tables
 from causaldpo_lib.takeaways import CLAIMS, HYPOTHESES, Claim, claim_table
 
-# The comparisons that decide most: does alignment amplify, do environments matter, does the proposal help?
+# The comparisons that decide most: does alignment amplify, do environments matter, does the proposal help, and is it
+# environments that help?
 DECISIVE = tuple(
     claim
     for claim in (*CLAIMS, *HYPOTHESES)
@@ -28,6 +29,7 @@ DECISIVE = tuple(
         (share_metric("mass", "G1"), "dpo", "sft"),
         ("target_logp", "causal_dpo", "shuffled"),
         ("target_logp", "causal_negatives", "dpo"),
+        ("target_logp", "causal_negatives", "popularity_negatives"),
     )
 )
 TIMES = "notebooks.csv"  # in figures/: what ``make publish`` measured of each notebook at its defaults

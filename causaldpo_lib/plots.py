@@ -6,6 +6,7 @@ one panel shows; the notebook writes the same table beside the image with ``save
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -127,8 +128,14 @@ def look(method: str) -> Look:
 
 
 def metric_name(metric: str) -> str:
-    """A metric's name in a title or a sentence."""
-    return METRICS.get(metric, metric)
+    """A metric's name in a title or a sentence; groups are of equal training mass unless the name says otherwise."""
+    found = re.fullmatch(r"(slope_)?(share|NDCG@\d+)(?:@\d+)?_([a-z]+)(?:_(\w+))?", metric)
+    if not found:
+        return METRICS.get(metric, metric)
+    slope, what, grouping, group = found.groups()
+    name = f"share of {group}" if what == "share" else f"{what} on {group}"
+    name = f"slope of {what} over the groups" if slope else name
+    return name if grouping == "mass" else f"{name}, {GROUPINGS.get(grouping, grouping)}"
 
 
 def metric_unit(metric: str, difference: bool = False) -> str:

@@ -66,6 +66,11 @@ class Change(NamedTuple):
         return verdict(self.low, self.high, self.p_holm)
 
     @property
+    def open(self) -> bool:
+        """Whether the interval leaves out 0 and only the correction does not: neither a change nor its absence."""
+        return self.word == NOTHING and verdict(self.low, self.high) != NOTHING
+
+    @property
     def size(self) -> str:
         """The difference with its interval, signed, in points or nats, and the corrected p-value."""
         scale = metric_scale(self.metric)
@@ -255,14 +260,23 @@ def results_takeaway(tables: Tables, setting: str, split: str) -> str:
 
 
 def floor_sentence(rows: Frame) -> str:
-    """Which methods are clearly above the most-popular floor in HR@10: their intervals do not overlap."""
-    hit = select(rows, metric="HR@10")
-    floor = select(hit, method="popular").iloc[0]
-    above = [look(r.method).label for r in hit.itertuples() if r.method not in FLOORS and r.low > floor["high"]]
-    return (
-        f"Clearly above the most-popular floor in HR@10 ({cell(floor, 'HR@10')} %): "
-        f"{', '.join(above) if above else 'no method'}."
-    )
+    """Which methods are clearly above the most-popular floor in HR@10, and above a uniform guess in log p.
+
+    Clearly: their intervals do not overlap.
+    """
+    said = []
+    for metric, floor_name, title in (("HR@10", "popular", "most-popular"), ("target_logp", "random", "random")):
+        found = select(rows, metric=metric)
+        floor = select(found, method=floor_name)
+        if len(floor):
+            end = floor.iloc[0]["high"]
+            own = [(look(r.method).label, r.low > end) for r in found.itertuples() if r.method not in FLOORS]
+            above, below = ([label for label, is_above in own if is_above == wanted] for wanted in (True, False))
+            unit = metric_unit(metric)
+            level = f"the {title} floor in {metric_name(metric)} ({cell(floor.iloc[0], metric)} {unit})"
+            rest = f"; not so: {', '.join(below)}" if above and below else ""
+            said.append(f"Clearly above {level}: {', '.join(above) or 'no method'}{rest}.")
+    return " ".join(said)
 
 
 def diagnostics_takeaway(tables: Tables, setting: str, method: str = "causal_dpo") -> str:

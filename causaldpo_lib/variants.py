@@ -76,7 +76,7 @@ def takeaway(tables: Tables, setting: str) -> str:
         f"- {title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}." for name, title in METRICS.items()
     ]
     words = {change(tables, setting, "ood_test", PRIMARY, *pair).word for pair in pairs.values()}
-    alike = "the same for all losses" if len(words) == 1 else "not the same for all losses"
+    alike = f"the same for all losses: {words.pop()}" if len(words) == 1 else "not the same for all losses"
     head = (
         f"**Takeaway.** *{setting}, OOD test.* Log-probability of the target with the penalty against without: {said}."
     )

@@ -270,6 +270,16 @@ def test_a_takeaway_follows_the_numbers(numbers, word):
     assert all(text.count(count) == 2 for count in counts.values()), text
 
 
+def test_what_only_the_correction_hides_is_named():
+    numbers = (0.2, 0.1, 0.3, 0.2)  # the interval leaves out 0, Holm's p does not
+    tables = made_up({("causal_dpo-mmd_weight-0.1", "dpo"): numbers})
+    text = ablations.takeaway(tables, SETTING, "lambda", KNOWN)
+    size = "+0.20 nats [+0.10, +0.30], p = 0.200"
+    assert f"the interval leaves out 0 before correction in: CausalDPO, 0.1 against 0 ({size})" in text
+    assert "Weight λ of the penalty (1 before correction)" in ablations.verdict(tables, KNOWN)
+    assert "before correction" not in ablations.verdict(made_up(), KNOWN)
+
+
 def test_differences_are_cells_with_their_verdict():
     found = ablations.difference_table(
         made_up({("vrex", "dpo"): UP}, refuted=0.01),

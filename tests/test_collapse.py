@@ -230,7 +230,9 @@ def test_the_verdict_counts_losses_and_splits():
     assert "No fall is detected that DynamicPO could mend." in text
     changes = {pair(collapse.COLLAPSE, "dmpo"): DOWN, pair(collapse.MENDED, "dmpo"): UP}
     control = "the boundary rather than as many at random"
-    text = collapse.verdict(made_up({**changes, collapse.PARTS[control]: UP}))
+    own = tuple(f"dynamic_{method}" for method in collapse.COLLAPSE["S-DPO"])
+    text = collapse.verdict(made_up({**changes, collapse.PARTS[control]: UP, own: DOWN}))
+    assert "The same with DynamicPO: lowered in 2 of 6 (S-DPO on the IID test, S-DPO on the OOD test)" in text
     assert "against 1: lowered in 2 of 6 (DMPO on the IID test, DMPO on the OOD test), raised in 0 of 6, no" in text
     assert "alone, 15 negatives: lowered in 0 of 6, raised in 2 of 6 (DMPO on the IID test," in text
     assert "No fall is detected" not in text and f"raised in 2 of 6 ({control} on the IID test, " in text

@@ -187,7 +187,7 @@ def test_epochs_stand_beside_the_printed_ones(costs):
     assert "CausalDPO 1.11 [1.11, 1.11], printed 1.20 (above this range)" in text
     assert "SimPO 0.67 [0.67, 0.67], printed 0.58 (below this range)" in text
     assert "is another than printed." in text and "Algorithm 1, which clusters every mini-batch: 1.1" in text
-    assert "power K = 2 2.00, K = 8 2.00 of the batch" in method_costs.penalty_takeaway(costs)
+    assert "power 2.00 (K = 2), 2.00 (K = 8) of the batch" in method_costs.penalty_takeaway(costs)
     assert "K = 8 takes 4.0 times as long as K = 2" in method_costs.penalty_takeaway(costs)
     assert "beam: 2 times the titles take 2.0 times as long (power 1.00" in method_costs.ranking_takeaway(costs)
 

@@ -166,6 +166,22 @@ def test_methods_keep_distinct_looks_and_the_labels_of_their_files():
     assert plots.look("brand_new").label == "brand_new" and plots.look("brand_new") == plots.look("brand_new")
 
 
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("share@10_mass_G1", "share of G1"),
+        ("share@10_items_G5", "share of G5, groups of equally many items"),
+        ("NDCG@10_mass_G5", "NDCG@10 on G5"),
+        ("slope_NDCG@10_mass", "slope of NDCG@10 over the groups"),
+        ("target_logp", "log-probability of the target"),
+        ("NDCG@10", "NDCG@10"),
+        ("causal_NDCG@10", "causal NDCG@10"),
+    ],
+)
+def test_metrics_of_groups_have_names(metric, name):
+    assert plots.metric_name(metric) == name
+
+
 def test_a_picture_is_small_and_looks_the_same():
     """Up to the fringes of letters, in the colours that were drawn, and of the size that was asked for."""
     fig, axes = plots.panels(height=3)

@@ -135,10 +135,16 @@ def test_groups_takeaway_compares_the_ends(last, says):
 def test_results_takeaway_opens_with_the_primary_endpoint_and_ends_with_the_floor():
     text = takeaways.results_takeaway(made_up(default=DOWN), "made-up", "ood_test")
     assert "lowered the target's log-probability against SFT" in text.split("\n")[0]
-    assert text.endswith(
-        "Clearly above the most-popular floor in HR@10 (5.00 [4.00, 6.00] %): SFT, DPO, CausalDPO, "
-        f"{takeaways.look('shuffled').label}."
-    )
+    names = f"SFT, DPO, CausalDPO, {takeaways.look('shuffled').label}"
+    assert text.endswith(f"Clearly above the most-popular floor in HR@10 (5.00 [4.00, 6.00] %): {names}.")
+    tables = made_up(default=DOWN)
+    guess = {**KEY, "method": "random", "metric": "target_logp", "mean": 0.1, "low": 0.1, "high": 0.1, "examples": 50}
+    tables["metrics"] = pd.concat([tables["metrics"], pd.DataFrame([guess])], ignore_index=True)
+    rows = tables["metrics"]
+    rows.loc[(rows["method"] == "sft") & (rows["metric"] == "target_logp"), "low"] = 0.15
+    text = takeaways.results_takeaway(tables, "made-up", "ood_test")
+    floor = "Clearly above the random floor in log-probability of the target (0.10 nats): SFT; not so: DPO, CausalDPO, "
+    assert text.endswith(f"{names}. {floor}{takeaways.look('shuffled').label}.")
 
 
 def test_no_method_above_the_floor_is_said_so():
