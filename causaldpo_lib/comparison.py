@@ -177,6 +177,8 @@ def agreement(number: int, studies: Mapping[str, Tables]) -> str:
         return f"**Table {number}.** Left out: no given study has a row of it besides {OURS}'s in a setting {kinds}."
     parts = [directions(panel) for panel in found]
     counts = pd.concat(parts)["result"].value_counts()
+    if not len(counts):
+        return f"**Table {number}.** No printed difference between {OURS} and another row has a counterpart here."
     said = ", ".join(f"{counts.get(word, 0)} {word}" for word in ("agree", "opposite", "undecided"))
     start = (
         f"**Table {number}.** Directions of {counts.drop('untested', errors='ignore').sum()} comparisons in {NDCG}, "

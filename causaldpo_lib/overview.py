@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from causaldpo_lib.book import GROUPS, START, group, in_order
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.evaluation import share_metric
+from causaldpo_lib.evaluation import MARGIN, share_metric
 from causaldpo_lib.paths import FIGURES, NOTEBOOKS
 from causaldpo_lib.pipeline import STAGES
 from causaldpo_lib.plots import SPLITS
@@ -112,3 +113,11 @@ def decisive(studies: Mapping[str, Tables], claims: Sequence[Claim]) -> pd.DataF
     rows["cell"] = rows["result"] + ": " + rows["difference"].str.partition(", p ")[0]
     cells = rows.pivot(index="setting", columns="claim", values="cell")
     return cells.reindex(rows["setting"].unique())[list(rows["claim"].unique())].fillna("not measured").reset_index()
+
+
+def margin_note() -> str:
+    """How large a change *equivalent* excludes, and by which intervals. In Markdown."""
+    return (
+        f"*Equivalent* excludes ±{100 * MARGIN:.1f} % of the baseline's mean, in log p ±{np.log1p(MARGIN):.3f} nats. "
+        "It is decided by two one-sided tests at 5 %, so by 90 % intervals: those of 95 % may reach over the margin."
+    )

@@ -32,6 +32,7 @@ CLAIMS = {
     "Aligned knowledge helps more than KAR": (LAST, "kar"),
     "What helps is said about the user: aligned knowledge beats that of others": (LAST, "shuffled"),
 }
+SEEN = ("supported", "contradicted")
 WORDS = {"raised": "supported", "lowered": "contradicted", NOTHING: "not detected"}
 
 
@@ -97,15 +98,17 @@ def counts(found: Frame) -> Frame:
 
 
 def takeaway(found: Frame) -> str:
-    """What is left of the claims about knowledge and about alignment, in Markdown."""
+    """What is left of the claims, those that are supported and contradicted anywhere by name, in Markdown."""
     said = []
-    for claim in list(CLAIMS)[1:]:
-        rows = found[found["claim"] == claim]
-        outcomes = rows["outcome"].value_counts()
-        told = ", ".join(f"{word} in {outcomes[word]}" for word in WORDS.values() if word in outcomes)
-        widest = (rows["high"] - rows["low"]).max() / 2
-        said.append(f"{claim}: {told} of {len(rows)} tests (half-widths up to {widest:.1f} points)")
-    return f"**Takeaway.** *NDCG@5 on held-out lists.* {'; '.join(said)}."
+    for word in SEEN:
+        names = "; ".join(found.loc[found["outcome"] == word, "claim"].unique())
+        said.append(f"{word.capitalize()} in at least one test: {names}." if names else f"None is {word} in any test.")
+    half = (found["high"] - found["low"]) / 2
+    return (
+        f"**Takeaway.** *NDCG@5 on held-out lists, {len(found)} tests of {found['claim'].nunique()} claims.* "
+        f"{' '.join(said)} What is not detected is not refuted: half-widths are {half.min():.1f} to {half.max():.1f} "
+        "points."
+    )
 
 
 def levels_takeaway(tables: Tables, setting: str) -> str:
@@ -188,6 +191,6 @@ def user_text(tables: Tables) -> str:
     titles = [f"**{row.text}**" if row.value else row.text for row in listed.itertuples()]
     return (
         f"*Early history* ({len(history)}): {'; '.join(history)}.\n\n"
-        f"*First training list, in the initial ranker's order, {int(listed['value'].sum())} positives in bold*: "
+        f"*First training list, in the initial ranker's order, positives in bold*: "
         f"{'; '.join(titles)}."
     )

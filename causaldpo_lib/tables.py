@@ -402,6 +402,9 @@ def list_table(tables: Tables, setting: str, split: str) -> Frame:
     Without rows where the study's tables do not hold them.
     """
     rows = select(tables["metrics"], setting=setting, split=split)
+    bounded = rows["metric"].isin(LIST_METRICS)  # shares: what intervals over a few seeds hold beyond 0 and 1 cannot be
+    ends = rows[["low", "high"]].where(~bounded, rows[["low", "high"]].clip(0, 1))
+    rows = rows.assign(low=ends["low"], high=ends["high"])
     names = [name for name in LISTS if name in set(rows["metric"])]
     lines = []
     for method in rows["method"].unique() if names else []:

@@ -107,8 +107,10 @@ def test_outcomes_are_counted_by_claim(tables):
     assert row.tolist() == [0, 0, 2, 2, "+0.00 ... +0.00"]
     assert counts.loc["Alignment adds to unaligned knowledge", "contradicted"] == 1
     text = reasoning.takeaway(reasoning.claims(tables))
-    assert "Alignment adds to unaligned knowledge: contradicted in 1 of 1 tests (half-widths up to 1.0 points)" in text
-    assert "beats that of others: not detected in 2 of 2 tests (half-widths up to 4.0 points)" in text
+    assert "Contradicted in at least one test: Alignment adds to unaligned knowledge. What is not" in text
+    assert "half-widths are 1.0 to 4.0 points" in text
+    found = reasoning.claims(tables).assign(outcome="not detected")
+    assert "None is supported in any test. None is contradicted in any test." in reasoning.takeaway(found)
 
 
 def test_levels_begin_with_the_initial_order_and_are_in_percent(tables):
@@ -137,7 +139,7 @@ def test_the_shown_user_survives_writing(tables):
     assert first["text"].tolist()[2] == "*no usable text*" and first["reward"].tolist()[0] == "0.800"
     assert set(reasoning.texts_table(tables, 1)["role"]) == {"greedy", ""}  # all tied: no pair
     text = reasoning.user_text(tables)
-    assert "(2): The Rusted Comet; Silent Harbor." in text and "1 positives in bold*: Zero; **Paper Tigers**." in text
+    assert "(2): The Rusted Comet; Silent Harbor." in text and "order, positives in bold*: Zero; **Paper Tigers**." in text
 
 
 def test_a_study_without_simulated_users_shows_none():

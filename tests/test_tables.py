@@ -599,6 +599,11 @@ def test_lists_are_described_apart_from_accuracy(folder):
     assert table.loc["Most popular", "Gini@10"] == "0.750" and table.loc["Most popular", "ORRatio@10 %"] == "30.00"
     assert "[" in table.loc["DPO", "popularity lift@10 %"]
     assert not set(table) & set(tables.result_table(read, NAMES[0], "ood_test", everything=True))
+    wide = read["metrics"].assign(low=-0.2, high=1.7)
+    table = tables.list_table({**read, "metrics": wide}, NAMES[0], "ood_test").set_index("method")
+    assert table.loc["DPO", "coverage@10 %"].endswith("[0.00, 100.00]")
+    assert table.loc["DPO", "Gini@10"].endswith("[0.000, 1.000]")
+    assert table.loc["DPO", "popularity lift@10 %"].endswith("[-20, 170]")
 
 
 def test_periods_and_slopes_are_shown_with_examples_and_intervals(folder):
