@@ -65,7 +65,7 @@ def _takeaway(figures: Path) -> str:
 
 
 def _decisive(figures: Path) -> str:
-    return tables.markdown(overview.decisive(_studies(figures), overview.DECISIVE))
+    return f"{tables.markdown(overview.decisive(_studies(figures), overview.DECISIVE))}\n\n{overview.margin_note()}"
 
 
 def _notebooks(figures: Path) -> str:

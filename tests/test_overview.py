@@ -1,6 +1,7 @@
 """The page that a reader starts from: notebooks with their questions and times, and the deciding comparisons."""
 
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from causaldpo_lib import overview
 from causaldpo_lib.book import in_order
 from causaldpo_lib.errors import StudyError
+from causaldpo_lib.evaluation import MARGIN
 from causaldpo_lib.takeaways import CLAIMS
 
 UP, DOWN = (0.1, 0.05, 0.15, 0.006), (-0.1, -0.15, -0.05, 0.006)
@@ -82,3 +84,8 @@ def test_the_deciding_comparisons_have_a_row_a_setting_and_the_first_study_count
         "reproduced: +10.00 points [+5.00, +15.00]",
         "contradicted: -10.00 points [-15.00, -5.00]",
     ]
+
+
+def test_the_margin_is_the_one_that_tests_use():
+    note = overview.margin_note()
+    assert f"±{100 * MARGIN:.1f} %" in note and f"±{math.log(1 + MARGIN):.3f} nats" in note
