@@ -479,24 +479,33 @@ def gradient_share(name: str, log_probs: LogProbs, boundary: Tensor, **given: ob
     r"""Share of a loss's gradient that falls on ``boundary``, (B,):
     :math:`\sum_{j \in \mathcal B} |\partial L / \partial \ell_j| \,/\, \sum_j |\partial L / \partial \ell_j|`.
 
-    The gradients are proportional to 1 (``dmpo``), :math:`e^{\beta h_j}` (``s_dpo``) and, in MPPO's pair_mnm,
-    :math:`\partial p_j / \partial \ell_j`. A ``dynamic_`` name stands for the loss that it is built on: the share tells
-    what the boundary would get without the selection. ``given``: the loss's hyper-parameters.
+    The gradients are proportional to 1 (``dmpo``), :math:`e^{\beta h_j}` (``s_dpo``) and
+    :math:`\partial p_j / \partial \ell_j` (``mppo``; in the variants that take pairs one by one, times
+    :math:`\sigma(p_j - p_w)`). A ``dynamic_`` name stands for the loss that it is built on: the share tells what the
+    boundary would get without the selection. ``given``: the loss's hyper-parameters.
     """
     options = _arguments(name, given)
     log_gradients = {
         "dmpo": lambda: torch.zeros_like(log_probs.rejected),
         "s_dpo": lambda: options["beta"] * log_probs.log_ratios()[1],
-        "mppo": lambda: _log_slopes(log_probs, options["probability"]),
+        "mppo": lambda: _mppo_log_gradients(log_probs, options["probability"], options.get("variant", "pair_mnm")),
     }
     values = pick(log_gradients, name.removeprefix("dynamic_"), "loss with a gradient share")()
     return (values.masked_fill(~log_probs.rejected_mask, -torch.inf).softmax(-1) * boundary).sum(-1)
 
 
-def _log_slopes(log_probs: LogProbs, probability: str) -> Tensor:
-    """log dp/dl of the rejected: log p, less the log of the number of tokens for the geometric mean."""
-    _, logp = _log_probabilities(log_probs, probability)
-    return logp - log_probs.rejected_tokens.log() if probability == "geometric" else logp
+def _mppo_log_gradients(log_probs: LogProbs, probability: str, variant: str) -> Tensor:
+    """log |dL/dl| of the rejected (B, K), up to what a row has in common: log dp/dl, and how open each pair is.
+
+    log dp/dl is log p, less the log of the number of tokens for the geometric mean. pair_mnm weighs all pairs alike,
+    by the sigmoid of their sum; the other variants weigh each by its own, sigma(p_j - p_w).
+    """
+    _, slopes = _log_probabilities(log_probs, probability)
+    if probability == "geometric":
+        slopes = slopes - log_probs.rejected_tokens.log()
+    if variant == "pair_mnm":
+        return slopes
+    return slopes + F.logsigmoid(-margins_of(_probabilities(log_probs, probability)))
 
 
 # --- The tables, and what a trainer calls -----------------------------------------------------------------------------

@@ -78,8 +78,10 @@ def _inner_v(kernel: Tensor, weights: Tensor) -> Tensor:
 def _inner_u(kernel: Tensor, weights: Tensor) -> Tensor:
     # Both environments weigh the same examples, so i = j biases the cross term too: it is removed from all three.
     off = kernel - torch.diag_embed(kernel.diagonal())
-    # An environment of one point has no pair of points: its self term is 0 (0/0 otherwise).
-    return (weights.T @ off @ weights) / (1 - weights.T @ weights).clamp_min(torch.finfo(off.dtype).tiny)
+    # a'(11' - I)c is 1 - a'c without its cancellation where one point has nearly all of the weight. An environment of
+    # one point has no pair of points: its self term is 0 (0/0 otherwise).
+    others = 1 - torch.eye(len(off), dtype=off.dtype, device=off.device)
+    return (weights.T @ off @ weights) / (weights.T @ others @ weights).clamp_min(torch.finfo(off.dtype).tiny)
 
 
 def _inner_debiased(kernel: Tensor, weights: Tensor) -> Tensor:
@@ -103,9 +105,9 @@ def mmd_squared(
     """Soft-weighted MMD^2 of outputs over all pairs of environments.
 
     Args:
-        outputs: (B,) or (B, d), the policy's output per example; gradients flow through these only if the caller
-            detaches ``memberships`` (methods where they do not can be minimised by flattening the memberships).
-        memberships: (B, K), non-negative rows that sum to 1.
+        outputs: (B,) or (B, d), the policy's output per example, which gradients flow through.
+        memberships: (B, K), non-negative rows that sum to 1. Gradients flow through these too unless the caller
+            detaches them, and then flattening them is a way to minimise the MMD.
         bandwidth: kernel width in the outputs' unit; None is the detached median of the pairwise distances. A tensor
             (W,) averages the kernels of several widths.
         estimator: ``v`` (never negative, for training), ``u`` (diagonal removed in all three terms) or ``debiased``.

@@ -7,8 +7,8 @@ different ones in a row, never the target, never an item of the history.
 The choice matters without any confounder: DPO's optimum is proportional to ref(y) (p(y|x) / q(y|x))^(1/beta) when
 chosen ones are drawn from p and rejected ones from q. So methods are compared under one sampler.
 
-``popularity`` and ``environment_matched`` take ``tempering`` t: they draw in proportion to q^t, so that 0 is uniform
-and 1 the sampler itself.
+``popularity`` and ``environment_matched`` take ``tempering`` t: they draw in proportion to q^t, so that 1 is the
+sampler itself, and 0 uniform over what it can draw: the trained items, and all items.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def popularity(
     """In proportion to ``train_count``, without replacement; an item that was never trained on is never drawn.
 
     RosePO's popularity-aware sampling (arXiv 2410.12519). q is the popularity, so DPO does not sharpen it. With a
-    ``tempering`` between 0 and 1 it is sharpened in part.
+    ``tempering`` between 0 and 1 it is sharpened in part; 0 is uniform over the trained items.
 
     Raises:
         StudyError: too few trained items besides some history.
     """
-    return _drawn(examples, items, items["train_count"].to_numpy(float) ** tempering, count, rng)
+    counts = items["train_count"].to_numpy(float)
+    return _drawn(examples, items, np.where(counts > 0, counts**tempering, 0.0), count, rng)  # 0^0 is 1
 
 
 def environment_matched(
@@ -56,7 +57,7 @@ def environment_matched(
               p(y \mid E = k) = \frac{1/V + \sum_i p_{ik} 1[y_i = y]}{1 + \sum_i p_{ik}}
 
     with memberships :math:`p_{ik}` from the column ``memberships`` (a list of K a row) and one observation spread over
-    the V items, so that none is impossible. This study's own proposal.
+    the V items, so that none is impossible, trained on or not. This study's own proposal.
 
     DPO's optimum is :math:`ref(y) (p(y|x) / q(y|x))^{1/\beta}`. Where environments boost items whoever the user is,
     p(y|x) is :math:`\sum_k p(k|x) t(y|x) b_k(y)` up to a constant, and p(y|E = k) goes with
@@ -160,7 +161,9 @@ def preference_pairs(
     if examples.empty:
         raise StudyError("there are no examples to draw negatives for: keep some training examples")
     if not 0 <= tempering <= 1:
-        raise StudyError(f"negatives_tempering is {tempering}: give a number from 0 (uniform) to 1")
+        raise StudyError(
+            f"negatives_tempering is {tempering}: give a number from 0 (uniform over what can be drawn) to 1"
+        )
     options = {}
     if tempering != 1:
         if "tempering" not in inspect.signature(sampler).parameters:

@@ -155,11 +155,15 @@ def rank_beam(
             scores = scores * (1 - assistant_weight)
         if len(beams) > 1:
             union = torch.cat([positions for positions, _ in beams], dim=1)
+            # Where titles are masked, a search may end with void beams: of no title (-1), of a masked one, or of one
+            # that another beam has found in earnest.
+            void = torch.cat([values for _, values in beams], dim=1) == MINUS_INFINITY
+            union = union.clamp_min(0)
             scores = task.mix([title_logps(reading, union, task.trie, constrained=True) for reading in readings])
             if normalise_length:
                 scores = scores / (task.trie.paths[union] > 0).sum(-1)
-            again = (union[:, :, None] == union[:, None]).tril(-1).any(-1)
-            found, scores = in_order(union, scores.masked_fill(again, MINUS_INFINITY))
+            again = ((union[:, :, None] == union[:, None]) & ~void[:, None]).tril(-1).any(-1)
+            found, scores = in_order(union, scores.masked_fill(again | void, MINUS_INFINITY))
         found, scores = found[:, : task.size].cpu().numpy(), scores[:, : task.size].cpu().numpy()
         result.items[chunk], result.scores[chunk] = catalogue.items[found], scores
         result.target_logp[chunk] = task.target_logps(chunk, readings)
@@ -372,7 +376,11 @@ def rank_scores(
     own = np.take_along_axis(scores, places[:, None], axis=1)
     if masked is not None:
         for row, ids in enumerate(masked):
-            scores[row, index.get_indexer(pd.Index(ids))] = MINUS_INFINITY
+            hidden = index.get_indexer(pd.Index(ids))
+            if (hidden < 0).any():
+                unknown = ids[int(np.argmin(hidden))]
+                raise StudyError(f"the masked item {unknown!r} is not in the catalogue: mask only items that it holds")
+            scores[row, hidden] = MINUS_INFINITY
     size = min(k, len(items))
     rank = (scores >= own).sum(axis=1) - 1
     rank[np.isneginf(np.take_along_axis(scores, places[:, None], axis=1)[:, 0])] = len(items)

@@ -185,7 +185,15 @@ def test_no_gradient_outside_the_boundary(name):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("dmpo", {}), ("s_dpo", {"beta": 0.6}), ("mppo", {}), ("mppo", {"probability": "sequence"})],
+    [
+        ("dmpo", {}),
+        ("s_dpo", {"beta": 0.6}),
+        *(
+            ("mppo", {"variant": variant, "probability": probability})
+            for variant in ("pair_mnm", "pair_mns", "pair_single")
+            for probability in ("geometric", "sequence")
+        ),
+    ],
 )
 @pytest.mark.parametrize("mask", [None, RAGGED])
 def test_gradient_share_is_autograds(name, options, mask):

@@ -99,6 +99,15 @@ def test_equals_double_loops(size, seed, names, bandwidth):
     assert single.dtype == torch.float32 and single.item() == pytest.approx(expected, rel=1e-4, abs=rounding)
 
 
+@pytest.mark.parametrize("share", [1e-3, 1e-5, 1e-7, 1e-9])
+def test_u_keeps_its_digits_where_one_example_has_nearly_all_of_an_environment(share):
+    outputs = torch.tensor([[0.3], [-0.4], [1.1], [0.2]])
+    rest = (1 - share) / 2
+    memberships = torch.tensor([[1.0, 0.0], [share, 1.0], [share / 2, rest], [0.0, rest]])
+    expected = brute_force(outputs.double(), memberships.double(), 1.0, "u", "mean")
+    assert mmd_squared(outputs, memberships, 1.0, "u").item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_estimates_share_a_kernel_and_nothing_else():
     outputs, memberships = random_case()
     together = mmd_estimates(outputs, memberships, None, list(ESTIMATORS), "sum")

@@ -287,6 +287,16 @@ def test_popularity_is_tempered_too():
     assert shares.sort_index().tolist() == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.03)
 
 
+def test_popularity_without_weight_is_uniform_over_trained_items():
+    items = catalogue(8).assign(train_count=[16, 4, 1, 0, 0, 0, 0, 0])
+    examples = pd.DataFrame({"item": [items["item"].iloc[7]] * 6000, "history": [[]] * 6000})
+    drawn = preference_pairs(examples, items, "popularity", 1, 0, tempering=0.0)[:, 0]
+    shares = pd.Series(drawn).map(dict(zip(items["item"], range(8), strict=True))).value_counts(normalize=True)
+    assert shares.sort_index().to_dict() == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3}, abs=0.03)
+    with pytest.raises(StudyError, match="the 3 that can be drawn here"):
+        preference_pairs(examples[:1], items, "popularity", 4, 0, tempering=0.0)
+
+
 @pytest.mark.parametrize(("sampler", "tempering"), [("uniform", 0.5), ("popularity", 1.5)])
 def test_a_tempering_that_means_nothing_is_refused(sampler, tempering):
     items = catalogue()

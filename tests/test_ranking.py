@@ -326,6 +326,35 @@ def test_narrow_beams_of_a_mixture_are_scored_by_the_mixture(normalise_length, c
         np.testing.assert_allclose(narrow.scores[row], [scores[item] for item in narrow.items[row]], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", BEAMS)
+def test_masked_items_stay_out_of_a_mixtures_wide_beams(name, catalogue, tiny, untied, rows):
+    """Beams wider than what masking leaves: their void ends are neither listed nor in the way of what is."""
+    mixture = Backdoor([[30], [40]], [0.6, 0.4])
+    masked = [[10, 12, 14, 16, 18, 20], [], [21, 20, 19, 18, 17], [10]]
+    arguments = (untied, tiny[1], catalogue, [row["prompt"] for row in rows[:4]], [11] * 4)
+    full = RANKERS[name](*arguments, 12, 3, mixture=mixture)
+    for width in (6, 9, 12):
+        part = RANKERS[name](*arguments, 6, 3, mixture=mixture, masked=masked, width=width)
+        for row, hidden in enumerate(masked):
+            keep = ~np.isin(full.items[row], hidden)
+            if width >= keep.sum():  # else the search may lose titles on the way
+                assert part.items[row].tolist() == full.items[row][keep][:6].tolist()
+                np.testing.assert_allclose(part.scores[row], full.scores[row][keep][:6], atol=1e-4)
+            assert not set(part.items[row].tolist()) & set(hidden) and np.isfinite(part.scores[row]).all()
+
+
+def test_a_void_beam_is_no_title_and_hides_none(catalogue, tiny, untied, rows, monkeypatch):
+    """One environment's search ends with void beams of a title and of none; the other one finds that title."""
+    inf = float("-inf")
+    ends = iter([([[3, 5, -1]], [[-1.0, inf, inf]]), ([[5, 4, 3]], [[-1.0, -2.0, inf]])])
+    monkeypatch.setattr("causaldpo_lib.ranking.beam_search", lambda *given: [torch.tensor(end) for end in next(ends)])
+    arguments = (untied, tiny[1], catalogue, [rows[0]["prompt"]], [10])
+    mixture = Backdoor([[30], [40]], [0.5, 0.5])
+    found = RANKERS["beam"](*arguments, 3, 1, mixture=mixture)
+    assert sorted(found.items[0].tolist()) == catalogue.items[[3, 4, 5]].tolist()
+    assert np.isfinite(found.scores).all()
+
+
 def test_a_mixture_of_one_environment_is_that_environment(catalogue, tiny, untied, rows):
     tokens = encode_prompts(tiny[1], [""])[0][1:] or [30]
     one = Backdoor([tokens], [1.0])
@@ -477,3 +506,5 @@ def test_given_scores_are_ranked_by_the_same_rules():
         rank_scores(logps, items, np.array(["b", "x"]), 3)
     with pytest.raises(StudyError, match="masking leaves 2 titles"):
         rank_scores(logps, items, np.array(["b", "d"]), 3, [[], ["a", "b"]])
+    with pytest.raises(StudyError, match="the masked item 'x' is not in the catalogue"):
+        rank_scores(logps, items, np.array(["b", "d"]), 2, [[], ["a", "x"]])
