@@ -330,13 +330,7 @@ def _corrected(
         key = {"setting": panel.setting, "split": panel.split, "metric": metric, "method": method, "baseline": baseline}
         rows.append({**key, **numbers, "difference": numbers["mean"]})
         rows[-1].pop("mean")
-    for baseline in dict.fromkeys(baseline for _, baseline in pairs):
-        family = [row for row in rows if row["baseline"] == baseline]
-        for p in ("p", "p_equivalent"):
-            if p in family[0]:
-                for row, adjusted in zip(family, stats.holm([row[p] for row in family]), strict=True):
-                    row[f"{p}_holm"] = adjusted
-    return rows
+    return stats.with_holm(rows)
 
 
 def ordered_groups(panel: Panel) -> dict[str, np.ndarray]:

@@ -138,11 +138,7 @@ def paired_rows(
             numbers = stats.paired(found[row], found[baseline], users)._asdict()
             mine.append({**key, "metric": metric, "row": row, "baseline": baseline, "difference": numbers.pop("mean")})
             mine[-1] |= numbers
-        for baseline in dict.fromkeys(row["baseline"] for row in mine):
-            family = [row for row in mine if row["baseline"] == baseline]
-            for row, adjusted in zip(family, stats.holm([row["p"] for row in family]), strict=True):
-                row["p_holm"] = adjusted
-        rows += mine
+        rows += stats.with_holm(mine)
     return rows
 
 

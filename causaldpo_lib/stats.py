@@ -21,8 +21,9 @@ once for all groups, since a user has examples in several, and it is judged by t
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,7 +82,7 @@ def resampled_means(
 class _Estimate(NamedTuple):
     mean: float
     error: float  # standard error
-    freedom: float  # degrees of freedom
+    freedom: float  # degrees of freedom; 0 where nothing tells how far the mean could be off
 
 
 def _checked(values: ArrayLike, users: ArrayLike) -> tuple[FloatArray, NDArray[np.int64]]:
@@ -127,14 +128,22 @@ def _contrast(
     total = within + between / seeds
     rest = max(total - between, 0.0)
     doubt = (between**2 / (seeds - 1) if seeds > 1 else 0.0) + (rest**2 / (freedom - 1) if freedom > 1 else 0.0)
-    return _Estimate(float(per_seed.mean()), total**0.5, total**2 / doubt if doubt else np.inf)
+    mean = float(per_seed.mean())
+    if freedom <= 1 and np.ptp(per_seed) == 0:
+        # One user, and one seed or several that agree to the last digit: no spread was observed, not a spread of 0.
+        return _Estimate(mean, total**0.5, 0)
+    return _Estimate(mean, total**0.5, total**2 / doubt if doubt else np.inf)
 
 
 def _reach(found: _Estimate) -> float:
+    if found.freedom == 0:
+        return np.nan
     return float(student.ppf((1 + LEVEL) / 2, found.freedom) * found.error)
 
 
 def _two_sided(found: _Estimate) -> float:
+    if found.freedom == 0:
+        return 1.0
     if found.error == 0:
         return float(found.mean == 0)
     return float(2 * student.sf(abs(found.mean) / found.error, found.freedom))
@@ -143,21 +152,23 @@ def _two_sided(found: _Estimate) -> float:
 def interval(values: ArrayLike, users: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Mean over seeds and examples, with a 95 % interval for other seeds and other users.
 
-    With one seed only users are resampled, and the interval says nothing about training noise. The interval is cut at
-    the smallest and the largest value, so that a share stays between 0 and 1.
+    With one seed only users are resampled, and the interval says nothing about training noise. With one user besides
+    there is no interval: low and high are NaN. The interval is cut at the smallest and the largest value, so that a
+    share stays between 0 and 1.
 
     Shapes:  values (S, N) seeds x examples, or (N,) for one seed; users (N,) ids, one per example.
     Raises:  ValueError on NaN, no example, or mismatched lengths.
     Checked: tests/test_stats.py, by coverage on simulated data and by row-copying loops.
     """
     table, user = _checked(values, users)
-    return _interval(table, _estimate(table, user, resamples, seed))
+    found = _estimate(table, user, resamples, seed)
+    ends = np.clip([found.mean - _reach(found), found.mean + _reach(found)], table.min(), table.max())
+    return Interval(found.mean, *ends.tolist())
 
 
-def _interval(table: FloatArray, found: _Estimate) -> Interval:
-    reach = _reach(found)
-    low, high = max(found.mean - reach, table.min()), min(found.mean + reach, table.max())
-    return Interval(found.mean, float(low), float(high))
+def _difference_of(found: _Estimate) -> Difference:
+    """With its interval, which is cut nowhere: it leaves 0 out exactly where p is below 0.05."""
+    return Difference(found.mean, found.mean - _reach(found), found.mean + _reach(found), _two_sided(found))
 
 
 def seed_interval(values: ArrayLike) -> Interval:
@@ -183,14 +194,15 @@ def paired(
 ) -> Difference:
     """Mean of (values - baseline), paired by seed and example, with interval and two-sided p-value.
 
-    p = 2 P(T_nu >= |mean| / sqrt(V)), which is below 0.05 exactly where the interval leaves 0 out.
+    p = 2 P(T_nu >= |mean| / sqrt(V)), which is below 0.05 exactly where the interval leaves 0 out. So the interval is
+    not cut at the largest differences observed. With one seed and one user there is none, low and high are NaN, and p
+    is 1.
 
     Shapes:  values, baseline (S, N) with the same seeds and examples in the same order; users (N,).
     Raises:  ValueError if the shapes differ, and as in ``interval``.
     """
     difference, user = _checked(_difference(values, baseline), users)
-    found = _estimate(difference, user, resamples, seed)
-    return Difference(*_interval(difference, found), _two_sided(found))
+    return _difference_of(_estimate(difference, user, resamples, seed))
 
 
 def _difference(values: ArrayLike, baseline: ArrayLike) -> FloatArray:
@@ -208,7 +220,8 @@ def slope(
         slope = sum_g (g - mean g) mean_g / sum_g (g - mean g)^2,   over the positions g that have examples
 
     Every group counts once, however many examples it has: the slope is that of the drawn curve. The slope of
-    ``values - baseline`` is the paired difference of two slopes.
+    ``values - baseline`` is the paired difference of two slopes. With one seed and a group of one user there is no
+    interval, as in ``paired``.
 
     Shapes:  values (S, N) or (N,); positions (N,) whole numbers, such as 0 for G1 ... 4 for G5; users (N,).
              The unit is the values' per step.
@@ -220,8 +233,7 @@ def slope(
     if group.shape != user.shape or len(present) < 2:
         raise ValueError(f"a slope needs a position for each example, and two at least: {len(present)} found")
     centred = present - present.mean()
-    found = _contrast(table, user, group, centred / (centred @ centred), resamples, seed)
-    return Difference(found.mean, found.mean - _reach(found), found.mean + _reach(found), _two_sided(found))
+    return _difference_of(_contrast(table, user, group, centred / (centred @ centred), resamples, seed))
 
 
 def equivalence(
@@ -236,7 +248,7 @@ def equivalence(
 
     The larger p of mean(values - lower) <= 0 and of mean(values - upper) >= 0: small only where both are refuted.
     With lower = (1 - m) baseline and upper = (1 + m) baseline the ratio of the means is tested against 1 +- m, and
-    the uncertainty of the baseline is in it.
+    the uncertainty of the baseline is in it. With one seed and one user nothing is refuted: 1.
 
     Source:  Schuirmann, J. Pharmacokinet. Biopharm. 15, 1987; for the ratio Sasabuchi, Biometrika 67, 1980.
     Shapes:  values, lower, upper (S, N), paired by seed and example; users (N,).
@@ -246,7 +258,9 @@ def equivalence(
     tests = []
     for left, right in ((values, lower), (upper, values)):
         found = _estimate(*_checked(_difference(left, right), users), resamples, seed)
-        if found.error == 0:
+        if found.freedom == 0:
+            tests.append(1.0)
+        elif found.error == 0:
             tests.append(float(found.mean <= 0))
         else:
             tests.append(float(student.sf(found.mean / found.error, found.freedom)))
@@ -309,3 +323,20 @@ def holm(p: ArrayLike) -> FloatArray:
     adjusted = np.empty_like(values)
     adjusted[order] = np.maximum.accumulate(stepped)
     return adjusted
+
+
+def with_holm(rows: Sequence[Mapping[str, Any]], family: str = "baseline") -> list[dict[str, Any]]:
+    """Copies of rows of tests with ``p_holm`` and, of those with equivalence tests, ``p_equivalent_holm``.
+
+    Rows that are alike in ``family`` are one family of Holm's; all or none of them have a ``p_equivalent``.
+
+    Raises:  ValueError as ``holm``.
+    """
+    found = [dict(row) for row in rows]
+    for name in dict.fromkeys(row[family] for row in found):
+        members = [row for row in found if row[family] == name]
+        for p in ("p", "p_equivalent"):
+            if p in members[0]:
+                for row, adjusted in zip(members, holm([row[p] for row in members]), strict=True):
+                    row[f"{p}_holm"] = adjusted
+    return found

@@ -75,7 +75,8 @@ class Change(NamedTuple):
         """The difference with its interval, signed, in points or nats, and the corrected p-value."""
         scale = metric_scale(self.metric)
         mean, low, high = (f"{scale * x:+.2f}" for x in (self.difference, self.low, self.high))
-        return f"{mean} {metric_unit(self.metric, difference=True)} [{low}, {high}], p {_p(self.p_holm, '= ')}"
+        ends = "no interval" if np.isnan(self.low) else f"[{low}, {high}]"
+        return f"{mean} {metric_unit(self.metric, difference=True)} {ends}, p {_p(self.p_holm, '= ')}"
 
     def sentence(self, what: str) -> str:
         """``DPO raised <what> against SFT (+3.10 points [...])``, without a full stop."""

@@ -116,6 +116,39 @@ def test_p_value_agrees_with_the_interval():
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
 
 
+def test_a_difference_is_not_cut_where_its_p_value_reaches():
+    """Three users, all of whom gain: too few to say so, and the interval says as much."""
+    gains = np.array([[0.1, 0.1, 0.5]])
+    found = stats.paired(gains, np.zeros_like(gains), np.arange(3))
+    assert found.p > 0.05 and found.low < 0 < 0.5 < found.high
+    assert found.high - found.mean == pytest.approx(found.mean - found.low)
+    assert stats.interval(gains, np.arange(3)).low == 0.1  # a mean lies among its values
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_user_alone_shows_no_difference(seeds):
+    """Nothing is known of how users, or seeds, differ: no interval, and p is 1."""
+    values, baseline, ids = np.full((seeds, 4), 0.7), np.full((seeds, 4), 0.1), np.zeros(4)
+    found = stats.paired(values, baseline, ids)
+    assert found.mean == pytest.approx(0.6) and np.isnan([found.low, found.high]).all() and found.p == 1.0
+    assert np.isnan(stats.interval(values, ids)[1:]).all()
+    assert stats.equivalence(values, values - 1, values + 1, ids) == 1.0
+    line = stats.slope(values, [0, 0, 1, 2], ids)
+    assert np.isnan([line.low, line.high]).all() and line.p == 1.0
+
+
+def test_a_group_of_one_user_and_one_seed_has_no_slope_to_speak_of():
+    values, _, ids = grouped(seeds=1)
+    found = stats.slope(values, (ids == 7).astype(int), ids)
+    assert np.isfinite(found.mean) and np.isnan([found.low, found.high]).all() and found.p == 1.0
+
+
+def test_one_user_under_seeds_that_differ_is_students_over_seeds():
+    values = np.array([[0.5, 0.6], [0.7, 0.6], [0.9, 0.8]])
+    found = stats.paired(values, np.zeros_like(values), np.zeros(2))
+    assert np.isfinite(found).all() and found.low < found.mean < found.high
+
+
 def test_shares_stay_between_0_and_1():
     values = np.zeros((3, 50))
     values[0, :2] = 1.0
@@ -152,6 +185,20 @@ def test_holm_has_its_hand_values():
 def test_holm_refuses_what_is_no_probability(p):
     with pytest.raises(ValueError, match="between 0 and 1"):
         stats.holm(p)
+
+
+def test_families_are_corrected_by_themselves():
+    rows = [
+        {"method": "a", "baseline": "x", "p": 0.01, "p_equivalent": 0.5},
+        {"method": "b", "baseline": "y", "p": 0.02, "p_equivalent": 0.4},
+        {"method": "c", "baseline": "x", "p": 0.04, "p_equivalent": 0.3},
+    ]
+    found = stats.with_holm(rows)
+    assert [row["p_holm"] for row in found] == pytest.approx([0.02, 0.02, 0.04])
+    assert [row["p_equivalent_holm"] for row in found] == pytest.approx([0.6, 0.4, 0.6])
+    assert "p_holm" not in rows[0] and stats.with_holm([]) == []
+    alone = stats.with_holm([{"baseline": "x", "p": 0.3}])
+    assert alone == [{"baseline": "x", "p": 0.3, "p_holm": 0.3}]
 
 
 # Slopes

@@ -147,6 +147,11 @@ def test_results_takeaway_opens_with_the_primary_endpoint_and_ends_with_the_floo
     assert text.endswith(f"{names}. {floor}{takeaways.look('shuffled').label}.")
 
 
+def test_a_difference_of_one_example_has_no_interval():
+    found = takeaways.Change("NDCG@10", "dpo", "sft", 0.25, float("nan"), float("nan"), 1.0)
+    assert found.size == "+25.00 points no interval, p = 1.000" and found.word == takeaways.NOTHING and not found.open
+
+
 def test_no_method_above_the_floor_is_said_so():
     tables = made_up()
     tables["metrics"].loc[tables["metrics"]["method"] == "popular", ["mean", "low", "high"]] = 0.9
