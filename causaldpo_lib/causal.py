@@ -230,7 +230,9 @@ def add_environment_tokens(
     softmax, where by Jensen's inequality one at the mean row takes less than 1 / V of the old mass:
     :math:`e^{\frac1V\sum_v o_v} \le \frac1V\sum_v e^{o_v}`. An ordinary response's log-probability so falls by less
     than :math:`\log(1 + n / V)` per token (with tied embeddings up to the noise), 0.004 for 16 entries beside 4,000 and
-    far less where the softmax is peaked. Policy and reference, made from the same model, share it.
+    far less where the softmax is peaked. ``CausalDPOTrainer`` scores its reference before it calls this, so the policy
+    alone has this loss, and a soft prompt in its context: h of a response starts lower by as much, and the difference
+    of two responses' h by as much as their losses differ.
 
     With LoRA, call this first and let the adapter train the new rows:
     ``LoraConfig(..., trainable_token_indices=[i for ids in tokens for i in ids])``.

@@ -468,15 +468,12 @@ def infer_environments(folder: Path, data: str, sft: str, seed: int, points: int
     sample = sample.iloc[np.sort(rng.permutation(len(sample))[:8000])]
     model, tokenizer = backbone.load_checkpoint(pipeline.load_run(sft, "sft").folder / "checkpoint")
     texts = prompts.prompt_table(sample, items.set_index("item")["title"])["prompt"].tolist()
-    encoded = prompts.encode_prompts(tokenizer, texts, trainers.context_of(model) - 1)
-    scores = packing.score_dataset(
-        model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
-    )
-    inference = environments.EnvironmentInference(seed=seed).fit(scores.prompt_states)
-    memberships = inference.memberships(scores.prompt_states)
+    states = _prompt_states(model, tokenizer, texts)
+    inference = environments.EnvironmentInference(seed=seed).fit(states)
+    memberships = inference.memberships(states)
     labels = memberships.argmax(1).numpy()
     shown = np.sort(rng.permutation(len(sample))[:points])
-    features = inference.features(scores.prompt_states).numpy()[shown]
+    features = inference.features(states).numpy()[shown]
     coordinates = UMAP(n_neighbors=min(15, len(shown) - 1), random_state=seed, n_jobs=1).fit_transform(features)
     table = pd.DataFrame(
         {
@@ -764,14 +761,30 @@ def _kind(memberships: str) -> str:
 
 
 def _memberships(model: Any, tokenizer: Any, rows: pd.DataFrame, memberships: str, seed: int) -> list[np.ndarray]:
-    """The memberships that the trainer will give these rows, for the negatives to be drawn before there is one."""
-    encoded = prompts.encode_prompts(tokenizer, rows["prompt"].tolist(), trainers.context_of(model) - 1)
-    scores = packing.score_dataset(
-        model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
-    )
+    """The memberships that the trainer will give these rows, for the negatives to be drawn before there is one.
+
+    But for rounds that fine-tune before they align (``round_epochs``): negatives are drawn from the policy that begins
+    the round, and so are these memberships, while the trainer infers its own from the fine-tuned policy.
+    """
+    states = _prompt_states(model, tokenizer, rows["prompt"].tolist())
     labels = rows["environment"].tolist() if memberships in ORACLES else None
     kind = pick(environments.MEMBERSHIPS, _kind(memberships), "kind of memberships")
-    return list(kind(scores.prompt_states, labels, seed).rows.numpy())
+    return list(kind(states, labels, seed).rows.numpy())
+
+
+def _prompt_states(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Last-layer states (N, d) of the prompts' last tokens, in the trainer's precision: what environments are of."""
+    encoded = prompts.encode_prompts(tokenizer, texts, trainers.context_of(model) - 1)
+    with torch.autocast(backbone.device().type, torch.bfloat16, enabled=_in_bfloat16()):
+        scores = packing.score_dataset(
+            model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64
+        )
+    return scores.prompt_states
+
+
+def _in_bfloat16() -> bool:
+    """Whether models are trained under bfloat16 autocast: where there is a GPU."""
+    return torch.cuda.is_available()
 
 
 def _doubts(assistant: str, examples: pd.DataFrame, items: pd.DataFrame, rejected: np.ndarray) -> np.ndarray:
@@ -864,7 +877,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         activation_checkpointing=False,
-        bf16=accelerated,
+        bf16=_in_bfloat16(),
         use_cpu=not accelerated,
         dataloader_pin_memory=accelerated,
         **options,

@@ -454,13 +454,16 @@ class CausalDPOTrainer(PackedTrainer):
         box: list[Any] = [None]
         if folder is not None and rank == 0:
             skip = reference.base_model.prefix if without_adapters else None
-            digest = scores_digest(reference, prompts, responses, self.accelerator.mixed_precision, skip)
+            # The context is part of the precision: scores in float32 are no reference of a policy under autocast.
+            precision = f"autocast {self.accelerator.mixed_precision}"
+            digest = scores_digest(reference, prompts, responses, precision, skip)
             box = [load_scores(folder, digest)]
         if world > 1:
             distributed.broadcast_object_list(box)
         if box[0] is not None:
             return box[0]
-        with self.compute_loss_context_manager(), reference.disable_adapter() if without_adapters else nullcontext():
+        # The policy's forward pass is under autocast from training on; here no model is prepared for it yet.
+        with self.accelerator.autocast(), reference.disable_adapter() if without_adapters else nullcontext():
             scores = score_dataset(
                 reference,
                 prompts[rank::world],
@@ -555,15 +558,24 @@ class CausalDPOTrainer(PackedTrainer):
 
 
 def _smoothing(rows: Sequence[Mapping[str, Any]], loss: str, options: Mapping[str, Any]) -> Tensor | None:
-    """The rows' column ``label_smoothing`` (N,), None where they have none."""
+    """The rows' column ``label_smoothing`` (N,), None where they have none.
+
+    Raises:
+        StudyError: some rows lack it, the loss does not take it, or ``options`` hold one for all rows as well.
+    """
     found = [row["label_smoothing"] for row in rows if "label_smoothing" in row]
     if not found:
         return None
     if len(found) < len(rows):
         raise StudyError(f"{len(rows) - len(found)} of {len(rows)} training rows have no label_smoothing: smooth all")
-    if "label_smoothing" not in hyperparameters(loss) or "label_smoothing" in options:
+    if "label_smoothing" not in hyperparameters(loss):
         raise StudyError(
             f"the rows smooth their labels, but loss {loss!r} does not take it from them: choose 'rose_po'"
+        )
+    if "label_smoothing" in options:
+        raise StudyError(
+            "both the rows and loss_options smooth the labels: remove label_smoothing from loss_options, or the rows' "
+            "column of that name"
         )
     return torch.tensor(found, dtype=torch.float32)
 

@@ -142,8 +142,10 @@ def test_a_policy_given_the_environment_is_averaged_over_environments(root, data
     assert np.isfinite(table["target_logp"]).all() and all(len(set(items)) == 20 for items in table["items"])
 
 
-def test_negatives_matched_to_environments_use_the_trainers_own_memberships(root, data, sft, monkeypatch):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_negatives_matched_to_environments_use_the_trainers_own_memberships(root, data, sft, monkeypatch, bf16):
     """What the sampler is given before there is a trainer equals what the trainer finds, row by row."""
+    monkeypatch.setattr(stages, "_in_bfloat16", lambda: bf16)
     given = {}
     sampler = stages.pairs.NEGATIVES["environment_matched"]
 
@@ -155,7 +157,7 @@ def test_negatives_matched_to_environments_use_the_trainers_own_memberships(root
     inputs = {"data": str(data.folder), "sft": str(sft.folder), "train_examples": 64, "mmd_weight": 0.0}
     for kind in ("inferred", "shuffled", "oracle_environment"):
         options = {"negatives": "environment_matched", "memberships": kind, "method": kind}
-        run = execute("align", root / f"matched-{kind}", **inputs, **options)
+        run = execute("align", root / f"matched-{kind}-{bf16}", **inputs, **options)
         found = pd.read_parquet(run.folder / "memberships.parquet").filter(like="environment_").to_numpy()
         np.testing.assert_allclose(given["rows"], found, atol=2e-3)
 

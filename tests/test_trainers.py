@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
+from causaldpo_lib.causal import causal_loss
+from causaldpo_lib.checkpoints import scores_digest
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.losses import LOSSES
 from causaldpo_lib.mmd import median_bandwidth, mmd_squared
@@ -211,6 +213,11 @@ def test_bad_input_is_named(tmp_path, tiny, rows):
         config(tmp_path, penalty="mdd")
     with pytest.raises(StudyError, match="column 'environment' of every training row"):
         trainer(tmp_path, tiny, rows, memberships="given")
+    smoothed = [{**row, "label_smoothing": 0.2} for row in rows]
+    with pytest.raises(StudyError, match="loss 'dpo' does not take it from them: choose 'rose_po'"):
+        trainer(tmp_path, tiny, smoothed)
+    with pytest.raises(StudyError, match="both the rows and loss_options smooth the labels: remove label_smoothing"):
+        trainer(tmp_path, tiny, smoothed, loss="rose_po", loss_options={"label_smoothing": 0.1})
 
 
 def test_accumulated_batches_are_averaged(tmp_path, tiny, rows):
@@ -332,6 +339,36 @@ def test_a_trained_policy_is_the_next_round_s_reference(tmp_path, tiny, rows):
     assert second.compute_loss(second.model, first_batch(second)).item() == pytest.approx(math.log(2), abs=1e-5)
     second.train()
     assert len(second.table()) == 3
+
+
+def test_the_reference_is_scored_in_the_policys_precision(tmp_path, tiny, rows, monkeypatch):
+    """In bfloat16 as in float32 policy and reference are equal before the first step: all log-ratios are 0."""
+    seen = []
+
+    def listening(name, log_probs, *given, **options):
+        seen.append(torch.cat([part.detach().flatten() for part in log_probs.log_ratios()]))
+        return causal_loss(name, log_probs, *given, **options)
+
+    monkeypatch.setattr("causaldpo_lib.trainers.causal_loss", listening)
+    # One row eight times: in a batch of other lengths bfloat16 rounds otherwise.
+    same = [{**rows[0], "environment": index % 2} for index in range(8)]
+    options = {"memberships": "given", "max_steps": 1, "reference_cache": str(tmp_path / "cache")}
+    logps = []
+    for bf16 in (False, True):
+        run = trainer(tmp_path, tiny, same, bf16=bf16, **options)
+        run.train()
+        torch.testing.assert_close(seen.pop(), torch.zeros(24), atol=1e-6, rtol=0)
+        logps.append(run.reference_logps)
+    assert (logps[0] - logps[1]).abs().max() > 1e-3  # the cache keeps them apart
+
+
+def test_cached_scores_of_another_precision_are_not_used(tmp_path, tiny, rows):
+    cache = tmp_path / "cache"
+    first = trainer(tmp_path, tiny, rows, bf16=True, reference_cache=str(cache))
+    prompts, responses = ([f[name] for f in first.train_dataset] for name in ("input_ids", "responses"))
+    (file,) = cache.iterdir()
+    names = [scores_digest(tiny[0], prompts, responses, precision, None) for precision in ("autocast bf16", "bf16")]
+    assert names[0] in file.name and names[1] not in file.name
 
 
 def test_nll_weight_adds_the_chosen_responses_token_mean(tmp_path, tiny, rows):
