@@ -172,6 +172,16 @@ SPLITS: dict[str, Shift] = {
 }
 
 
+def shift_functions(shift: str) -> list[Callable[..., Any]]:
+    """The functions whose keyword-only arguments are the options of a shift: those of every split, then its own.
+
+    Raises:
+        StudyError: an unknown shift.
+    """
+    chosen = pick(SPLITS, shift, "shift")
+    return [select_positives, cut_inner, drop_unseen, chosen.rule, *filter(None, [chosen.complete])]
+
+
 def make_split(shift: str, interactions: Interactions, seed: int, **options: Any) -> pd.DataFrame:
     """Cut the positive interactions into train, validation, iid_test and ood_test.
 
@@ -191,14 +201,12 @@ def make_split(shift: str, interactions: Interactions, seed: int, **options: Any
     Raises:
         StudyError: an unknown shift or option, or data of which a split would be empty.
     """
-    chosen = pick(SPLITS, shift, "shift")
-    functions = [select_positives, cut_inner, drop_unseen, chosen.rule, *filter(None, [chosen.complete])]
+    functions, chosen = shift_functions(shift), SPLITS[shift]
     known = {name: default for function in functions for name, default in options_of(function).items()}
     known |= {"positive_threshold": interactions.positive_threshold, "strict": interactions.strict}
     options = known | check_options(options, known, f"shift {shift!r}")
-    filters, inner, unseen, own, last = (
-        {name: options[name] for name in options_of(function)} if function else {}
-        for function in (select_positives, cut_inner, drop_unseen, chosen.rule, chosen.complete)
+    filters, inner, unseen, own, *last = (
+        {name: options[name] for name in options_of(function)} for function in functions
     )
     if not 0 < own.get("ood_share", 0.5) < 1:
         raise StudyError(f"option 'ood_share' must lie between 0 and 1, not {own['ood_share']}")
@@ -216,7 +224,7 @@ def make_split(shift: str, interactions: Interactions, seed: int, **options: Any
     ood = chosen.rule(positives, rng, **own)
     split = cut_inner(positives, ood, rng, chosen.exchangeable, **inner)
     if chosen.complete:
-        split = chosen.complete(split, table, rng, **last)
+        split = chosen.complete(split, table, rng, **last[0])
     split = drop_unseen(split, **unseen)
     columns = [name for name in ("user", "item", "time", "environment", "split", "imputed") if name in split]
     result = split[columns].reset_index(drop=True)

@@ -212,21 +212,34 @@ def load_method(name: str, hyperparameters: str = "matched") -> Method:
     if missing:
         raise StudyError(f"{source}: key {missing[0]!r} is missing: a method has a label and a summary")
     text = check({"label": "", "summary": ""}, {key: content[key] for key in ("label", "summary")}, source)
-    sections = {stage: content[stage] for stage in METHOD_STAGES if stage in content}
-    own = content.get("published", {})
-    _known(f"{source}, published", own, METHOD_STAGES)
+    overrides, assistants = _method_sections(
+        source, {key: content[key] for key in METHOD_STAGES if key in content}, files
+    )
+    # Checked whatever the study uses: a slip is found when it is made.
+    published = f"{source}, published"
+    own = _section(published, content.get("published"))
+    _known(published, own, METHOD_STAGES)
+    own_overrides, own_assistants = _method_sections(published, own, files)
     if hyperparameters == "published":
-        sections = {stage: {**sections.get(stage, {}), **own.get(stage, {})} for stage in (*sections, *own)}
-    assistants = {}
-    overrides = {}
-    for stage, section in sections.items():
-        section = dict(section or {})
+        stages = dict.fromkeys((*overrides, *own_overrides))
+        overrides = {stage: {**overrides.get(stage, {}), **own_overrides.get(stage, {})} for stage in stages}
+        assistants |= own_assistants
+    return Method(name, text["label"], text["summary"], overrides, assistants)
+
+
+def _method_sections(
+    source: str, content: Mapping[str, Any], methods: Iterable[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """A method's overrides by stage, checked, and its assistants, by stage the names of other ``methods``."""
+    overrides, assistants = {}, {}
+    for stage, given in content.items():
+        section = _section(f"{source}, {stage}", given)
         if stage in ("align", "rank") and "assistant" in section:
             assistants[stage] = section.pop("assistant")
-            if assistants[stage] not in files:
-                raise unknown_key(f"{source}, {stage}", "assistant", assistants[stage], files)
+            if assistants[stage] not in methods:
+                raise unknown_key(f"{source}, {stage}", "assistant", assistants[stage], methods)
         overrides[stage] = _stage_overrides(f"{source}, {stage}", stage, section)
-    return Method(name, text["label"], text["summary"], overrides, assistants)
+    return overrides, assistants
 
 
 def _swept(source: str, content: Any, methods: Mapping[str, Method]) -> list[Method]:
@@ -367,7 +380,7 @@ def _setting(source: str, content: Mapping[str, Any], shared: Mapping[str, Any])
     # Torch-free, but pandas: only who reads a study pays for it.
     from causaldpo_lib.data import DATASETS
     from causaldpo_lib.data.options import check_options, options_of
-    from causaldpo_lib.splits import SPLITS
+    from causaldpo_lib.splits import SPLITS, shift_functions
 
     _known(source, content, SETTING_KEYS)
     for key, table in (("dataset", DATASETS), ("shift", SPLITS)):
@@ -389,23 +402,20 @@ def _setting(source: str, content: Mapping[str, Any], shared: Mapping[str, Any])
     return Setting(name, dataset, shift, overrides)
 
 
-def shift_functions(shift: str) -> list[Callable[..., Any]]:
-    """The functions whose keyword-only arguments are the options of a shift, as `splits.make_split` takes them."""
-    from causaldpo_lib import splits
-
-    chosen = splits.SPLITS[shift]
-    functions = [splits.select_positives, splits.cut_inner, splits.drop_unseen, chosen.rule, chosen.complete]
-    return [function for function in functions if function]
-
-
 def _overrides(source: str, content: Mapping[str, Any]) -> Overrides:
     given = [stage for stage in STAGES if stage in content]
     return {stage: _stage_overrides(f"{source}, {stage}", stage, content[stage]) for stage in given}
 
 
-def _stage_overrides(source: str, stage: str, content: Any) -> dict[str, Any]:
-    if not isinstance(content, dict):
+def _section(source: str, content: Any) -> dict[str, Any]:
+    """A copy of a section's lines; one without any (YAML reads null) is empty."""
+    if content is not None and not isinstance(content, dict):
         raise StudyError(f"{source} must hold lines `key: value`, not {content!r}")
+    return dict(content or {})
+
+
+def _stage_overrides(source: str, stage: str, content: Any) -> dict[str, Any]:
+    content = _section(source, content)
     for key in content:
         if key in LAID_OUT:
             raise StudyError(f"{source}: {key} comes from the study's settings, methods and seeds: remove it")

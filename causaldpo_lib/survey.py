@@ -36,7 +36,7 @@ from causaldpo_lib.paths import ROOT, data_folder
 from causaldpo_lib.pipeline import load_run
 from causaldpo_lib.plots import SPLITS as SPLIT_LABELS
 from causaldpo_lib.records import folder_with, read_table, write_tables
-from causaldpo_lib.splits import SPLITS
+from causaldpo_lib.splits import SPLITS, shift_functions
 from causaldpo_lib.tables import histogram, select
 
 Frame = pd.DataFrame
@@ -294,8 +294,6 @@ def choices(shifts: Mapping[str, Any] = SPLITS, datasets: Mapping[str, Callable[
     Columns: where (``every split``, shift or dataset), option, default, meaning (the sentence of the function's
     docstring that first names it, else its first one). The simulator, which stands for no dataset, is left out.
     """
-    from causaldpo_lib.study import shift_functions
-
     every = {shift: shift_functions(shift) for shift in shifts}
     common = [function for function in next(iter(every.values())) if all(function in own for own in every.values())]
     rows = [("every split", function) for function in common]

@@ -139,7 +139,9 @@ def test_the_shown_user_survives_writing(tables):
     assert first["text"].tolist()[2] == "*no usable text*" and first["reward"].tolist()[0] == "0.800"
     assert set(reasoning.texts_table(tables, 1)["role"]) == {"greedy", ""}  # all tied: no pair
     text = reasoning.user_text(tables)
-    assert "(2): The Rusted Comet; Silent Harbor." in text and "order, positives in bold*: Zero; **Paper Tigers**." in text
+    assert (
+        "(2): The Rusted Comet; Silent Harbor." in text and "order, positives in bold*: Zero; **Paper Tigers**." in text
+    )
 
 
 def test_a_study_without_simulated_users_shows_none():

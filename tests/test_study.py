@@ -125,6 +125,16 @@ def test_an_unknown_study_ends_with_one_sentence(capsys):
         ("label: A\nsummary: B\nrank: {assistant: sasrek}\n", "x.yaml, rank: unknown assistant 'sasrek'"),
         ("label: A\nsummary: B\nsft: {assistant: x}\n", "x.yaml, sft: assistant comes from the study's"),
         ("label: A\nsummary: B\npublished: {data: {}}\n", "x.yaml, published: unknown key 'data'"),
+        ("label: A\nsummary: B\npublished: 3\n", "x.yaml, published must hold lines `key: value`, not 3"),
+        ("label: A\nsummary: B\nalign: 3\n", "x.yaml, align must hold lines `key: value`, not 3"),
+        (
+            "label: A\nsummary: B\npublished: {align: {mmd_wait: 1.0}}\n",
+            "x.yaml, published, align: unknown parameter 'mmd_wait'",
+        ),
+        (
+            "label: A\nsummary: B\npublished: {rank: {assistant: sasrek}}\n",
+            "x.yaml, published, rank: unknown assistant 'sasrek'",
+        ),
         ("label: no\nsummary: B\n", "label is False"),
     ],
 )
@@ -134,6 +144,22 @@ def test_a_bad_method_is_refused(tmp_path, monkeypatch, text, sentence):
     monkeypatch.setattr(study, "PARAMS", tmp_path)
     with pytest.raises(StudyError, match=sentence):
         load_method("x")
+
+
+@pytest.mark.parametrize("kind", study.HYPERPARAMETERS)
+@pytest.mark.parametrize("published", ["", "published:\n", "published: {align: }\n", "published: {sft: , align: {}}\n"])
+def test_empty_sections_are_sections_without_lines(tmp_path, monkeypatch, kind, published):
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "x.yaml").write_text(f"label: A\nsummary: B\nalign:\n{published}")
+    monkeypatch.setattr(study, "PARAMS", tmp_path)
+    method = load_method("x", kind)
+    assert method.trained == "align" and method.overrides["align"] == {}
+    assert ("sft" in method.overrides) == ("sft" in published and kind == "published")
+
+
+def test_an_empty_section_of_a_study_changes_nothing(tmp_path):
+    settings = [{**QUICK["settings"][0], "align": None}]
+    assert jobs(written(tmp_path, settings=settings, rank=None)) == jobs(written(tmp_path))
 
 
 # --- jobs ---

@@ -16,7 +16,7 @@ from causaldpo_lib.data import DATASETS, PROMPT_SETS, Interactions, load_dataset
 from causaldpo_lib.data.options import options_of
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import data_folder
-from causaldpo_lib.splits import SPLIT_NAMES, SPLITS, make_split
+from causaldpo_lib.splits import SPLIT_NAMES, SPLITS, make_split, shift_functions
 
 matplotlib.use("Agg")
 
@@ -237,7 +237,7 @@ def test_choices_hold_every_option_with_its_default():
     table = survey.choices()
     found = set(zip(table["where"], table["option"].str.strip("`"), table["default"].str.strip("`"), strict=True))
     for shift in SPLITS:
-        for function in studies.shift_functions(shift):
+        for function in shift_functions(shift):
             for option, default in options_of(function).items():
                 text = "7:1:2" if option == "inner" else str(default)
                 owner = {("every split", option, text), (f"shift {shift}", option, text)}
