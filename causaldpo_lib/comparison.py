@@ -27,7 +27,7 @@ from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import FLOORS
 from causaldpo_lib.plots import SPLITS, look, metric_unit
 from causaldpo_lib.tables import TEST_SPLITS, Tables, cell, facts, heading, only_cell, select, settings
-from causaldpo_lib.takeaways import NOTHING, Pairs, change, control_sentence, difference_cell
+from causaldpo_lib.takeaways import NOTHING, Pairs, answers, change, control_sentence, difference_cell
 
 Frame = pd.DataFrame
 NDCG = "NDCG@10"  # the metric whose directions are compared
@@ -290,7 +290,8 @@ def kinds_takeaway(kinds: Sequence[Kind]) -> str:
             f"other way in the other: {turned}. Kendall's tau between the two orders of {len(methods)} methods on the "
             f"OOD test: {tau:+.2f}."
         )
-    last = kinds[-1]
-    control = change(last.tables, last.setting, "ood_test", "target_logp", "causal_dpo", "shuffled")
-    said.append(f"- {last.name.capitalize()}: {control_sentence(control, 'log p on the OOD test')}")
+    where = (kinds[-1].tables, kinds[-1].setting, "ood_test", "target_logp")
+    steps = {"CausalDPO against DPO": ("causal_dpo", "dpo"), "its shuffled control against DPO": ("shuffled", "dpo")}
+    control = control_sentence(change(*where, "causal_dpo", "shuffled"), "log p on the OOD test")
+    said.append(f"- {kinds[-1].name.capitalize()}: {answers(*where, steps)}. {control}")
     return "\n".join([f"**Takeaway.** *{setting}.*", "", *said])
