@@ -2,8 +2,8 @@
 
 All is made from the tables of a study such as ``ablations``. An ``Axis`` is one thing that is varied: the ``Values`` of
 one parameter, or a ``Choice`` between methods. What an axis has in a study's tables is shown with ``LEVELS``, what
-DPO and the controls reach, behind it; an axis without two rows there is left out with a sentence. Log-probabilities are
-in nats, NDCG and shares in percent, of differences in points.
+SFT, DPO and the controls reach, behind it; an axis without two rows there is left out with a sentence.
+Log-probabilities are in nats, NDCG and shares in percent, of differences in points.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ SHARE = share_metric("mass", "G1")
 PRIMARY = "target_logp"
 METRICS = {PRIMARY: "log-probability of the target", f"NDCG@{K}": f"NDCG@{K}", SHARE: "share of G1"}
 SHORT = {PRIMARY: "log p", f"NDCG@{K}": f"NDCG@{K}", SHARE: "share of G1"}
-# Behind every panel: no penalty, the control of the environments, and bounds (of which the second looks at the target).
-LEVELS = ("dpo", "shuffled", "oracle_environment", "oracle_history", "oracle_target")
+# Behind every panel: no alignment, no penalty, the control of the environments, and bounds (of which the last looks at
+# the target).
+LEVELS = ("sft", "dpo", "shuffled", "oracle_environment", "oracle_history", "oracle_target")
 
 
 @dataclass(frozen=True)
@@ -398,8 +399,21 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
     rest = [
         f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}" for name, title in METRICS.items()
     ]
-    said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}."
+    said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}.{_ends(tables, setting, axis, known)}"
     return "\n".join([f"**Takeaway.** *{setting}, OOD test.* {said}", "", *(f"- {text}." for text in rest[1:])])
+
+
+def _ends(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
+    """Where a path that can be switched off ends, between where alignment starts and where it goes without."""
+    rows = members(tables, setting, axis, known)
+    means = select(shown_metrics(tables, setting), split="ood_test", metric=PRIMARY).set_index("method")["mean"]
+    off = getattr(AXES[axis], "off", "")
+    if not off or not {"sft", off} <= set(means.index):
+        return ""
+    last = rows[(rows["value"] == rows["value"].max()) & (rows["method"] != off)]
+    ends = [f"{look(row.method).label} {means[row.member]:.2f}" for row in last.itertuples()]
+    start = [f"SFT, where it starts, {means['sft']:.2f}", f"{look(off).label} {means[off]:.2f} nats"]
+    return f" At {last['value'].iloc[0]:g}: {', '.join(ends)}; {', '.join(start)}."
 
 
 def environments_sentence(tables: Tables, setting: str) -> str:

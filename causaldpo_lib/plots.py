@@ -888,7 +888,7 @@ def reference_levels(ax: Axes, levels: pd.DataFrame, upright: bool = False) -> N
 
     ``upright`` is for a horizontal scale. Columns: method, mean, low, high.
     """
-    dashes = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
+    dashes = ((0, (1, 2.5)), "-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1)))
     line, band = (ax.axvline, ax.axvspan) if upright else (ax.axhline, ax.axhspan)
     for dash, row in zip(dashes, levels.itertuples(), strict=False):
         style = look(row.method)

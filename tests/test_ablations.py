@@ -169,9 +169,9 @@ def test_plotted_values_are_in_the_units_of_their_labels(tables):
 
 def test_dpo_and_the_controls_stand_behind_every_panel(tables):
     rows = ablations.levels(tables, SETTING)
-    expected = ["dpo", "shuffled", "oracle_history", "oracle_target"]
-    assert list(dict.fromkeys(rows["method"])) == expected and len(rows) == 4 * 3 * 2
-    assert set(ablations.levels(without(tables, "oracle_target"), SETTING)["method"]) == {*expected[:3]}
+    expected = ["sft", "dpo", "shuffled", "oracle_history", "oracle_target"]
+    assert list(dict.fromkeys(rows["method"])) == expected and len(rows) == 5 * 3 * 2
+    assert set(ablations.levels(without(tables, "oracle_target"), SETTING)["method"]) == {*expected[:4]}
     for axis in AXES:
         found = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, axis, KNOWN))
         fig = ablations.draw(SETTING, AXES[axis], found, rows)
@@ -179,7 +179,7 @@ def test_dpo_and_the_controls_stand_behind_every_panel(tables):
         assert {f"{plots.look(method).label} (level)" for method in expected} <= set(labels), axis
         for ax in fig.axes:
             lines = sum(line.get_label().endswith("(level)") for line in ax.get_lines())
-            assert lines == 4, axis
+            assert lines == 5, axis
         plt.close(fig)
 
 
@@ -262,6 +262,9 @@ def test_a_study_of_other_things_has_sentences_only(tables, tmp_path):
 def test_a_takeaway_follows_the_numbers(numbers, word):
     tables = made_up({("causal_dpo-mmd_weight-0.1", "dpo"): numbers})
     text = ablations.takeaway(tables, SETTING, "lambda", KNOWN)
+    ends = "At 100: CausalDPO -7.57, Shuffled control -7.55; SFT, where it starts, -7.10, DPO -7.90 nats."
+    assert ends in text and "At " not in ablations.takeaway(tables, SETTING, "beta", KNOWN)
+    assert "SFT" not in ablations.takeaway(without(tables, "sft"), SETTING, "lambda", KNOWN)
     size = f"{numbers[0]:+.2f} nats [{numbers[1]:+.2f}, {numbers[2]:+.2f}], p = 0.006"
     moved = f"CausalDPO, 0.1 against 0: {word} ({size}); " if word else ""
     still = f"no detectable change in {10 if word else 11} of 11 comparisons, a change of ±8.6 % refuted in 0."
