@@ -343,7 +343,7 @@ def counts(statements: Sequence[Statement], studies: Mapping[str, Tables]) -> Fr
 
 
 def repeated(studies: Mapping[str, Tables]) -> str:
-    """How far two studies agree on the tests that both made, with the same parameters and seeds. In Markdown.
+    """How far studies agree with the first that made a test, all with the same parameters and seeds. In Markdown.
 
     On other processors sums round differently, and training carries that on: they are different models.
     """
@@ -355,16 +355,16 @@ def repeated(studies: Mapping[str, Tables]) -> str:
         for name, tables in studies.items()
     ]
     rows = pd.concat(each).drop_duplicates(["study", *key])
-    pairs = [found.iloc[:2] for _, found in rows[rows.duplicated(key, keep=False)].groupby(key, sort=False)]
-    other = [pair for pair in pairs if pair["result"].nunique() > 1]
-    lines = []
-    for pair in other:
-        first = pair.iloc[0]
-        name = f"{look(first['method']).label} − {look(first['baseline']).label}, {metric_name(first['metric'])}"
-        said = "; ".join(f"`{row.study}` {row.result} ({row.difference})" for row in pair.itertuples())
-        lines.append(f"- {name}, {first['setting']}, {first['split']}: {said}.")
-    count = f"Of {len(pairs)} tests that two studies made, {len(pairs) - len(other)} have the same result"
-    return "\n".join([f"**Made twice.** {count}{'; the others:' if lines else '.'}", "", *lines]).rstrip()
+    lines, total = [], 0
+    for _, found in rows[rows.duplicated(key, keep=False)].groupby(key, sort=False):
+        first, *others = found.itertuples()
+        total += len(others)
+        name = f"{look(first.method).label} − {look(first.baseline).label}, {metric_name(first.metric)}"
+        for other in (other for other in others if other.result != first.result):
+            said = "; ".join(f"`{row.study}` {row.result} ({row.difference})" for row in (first, other))
+            lines.append(f"- {name}, {first.setting}, {first.split}: {said}.")
+    count = f"Of {total} tests that a study made again, {total - len(lines)} have the result of the first"
+    return "\n".join([f"**Made again.** {count}{'; the others:' if lines else '.'}", "", *lines]).rstrip()
 
 
 def summary(statement: Statement, studies: Mapping[str, Tables]) -> str:

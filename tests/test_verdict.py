@@ -108,18 +108,18 @@ def test_what_several_studies_measured_counts_once_and_the_first_counts():
     assert rows["difference"].iloc[0].startswith("+10.00 points [+5.00, +15.00]")
 
 
-def test_tests_that_two_studies_made_are_compared(monkeypatch):
+def test_tests_that_several_studies_made_are_compared(monkeypatch):
     monkeypatch.setattr(verdict, "GROUPS", {"a group": (STATEMENT,)})
-    text = verdict.repeated({"one": tables(UP, NOTHING), "two": tables(UP, UP), "else": tables(UP, setting="other")})
-    assert text.startswith("**Made twice.** Of 2 tests that two studies made, 1 have the same result; the others:")
+    studies = {"one": tables(UP, NOTHING), "two": tables(UP, UP), "else": tables(UP, setting="other")}
+    text = verdict.repeated(studies)
+    assert text.startswith("**Made again.** Of 2 tests that a study made again, 1 have the result of the first; the")
     (line,) = text.splitlines()[2:]
     assert line.startswith("- a − b, HR@10, s, OOD test: `one` not detected (+1.00 points [-2.00, +4.00], p = 0.600); ")
     assert line.endswith("`two` reproduced (+10.00 points [+5.00, +15.00], p = 0.006).")
-    assert verdict.repeated({"one": tables(UP), "two": tables(UP)}).endswith("1 have the same result.")
-    assert (
-        verdict.repeated({"one": tables(UP)})
-        == "**Made twice.** Of 0 tests that two studies made, 0 have the same result."
-    )
+    third = verdict.repeated({**studies, "three": tables(DOWN)})
+    assert "Of 3 tests" in third and "`three` contradicted (-10.00 points [-15.00, -5.00], p = 0.006)." in third
+    assert verdict.repeated({"one": tables(UP), "two": tables(UP)}).endswith("1 have the result of the first.")
+    assert "Of 0 tests" in verdict.repeated({"one": tables(UP)})
 
 
 @pytest.mark.parametrize("statement", STATEMENTS, ids=lambda statement: statement.text[:40])
