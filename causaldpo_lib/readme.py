@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from causaldpo_lib import overview, reasoning, reranking, tables, verdict
+from causaldpo_lib import ablations, comparison, overview, reasoning, reranking, tables, verdict
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.parameters import declared_in
 from causaldpo_lib.paths import NOTEBOOKS
@@ -39,6 +39,20 @@ def _made(folder: Path) -> str:
         f"`{folder.name}`: {costs['runs'].sum()} runs, {minutes:.0f} minutes of one core in all, measured on "
         f"{' and '.join(sorted(set(costs['device'])))}; models of {', '.join(sizes)} parameters."
     )
+
+
+def _kinds(folder: Path) -> str:
+    """What each paper's own hyper-parameters make of CausalDPO and of its control: the end of notebook 08's text."""
+    matched = tables.read(folder.parent / "baselines")
+    found = [comparison.both_kinds(matched, tables.read(folder), setting) for setting in tables.settings(matched)]
+    return "\n".join(comparison.kinds_takeaway(kinds).splitlines()[-1] for kinds in found)
+
+
+def _lambda(folder: Path) -> str:
+    """Where the path of lambda leads, with inferred environments and with shuffled ones: notebook 15's text."""
+    found, known = tables.read(folder), ablations.parameters(folder.name)
+    said = [ablations.takeaway(found, setting, "lambda", known) for setting in tables.settings(found)]
+    return "\n".join(f"- {text.splitlines()[0].removeprefix('**Takeaway.** ')}" for text in said)
 
 
 def _claims(folder: Path) -> str:
@@ -74,7 +88,7 @@ def _notebooks(figures: Path) -> str:
     return tables.markdown(rows.assign(notebook=rows["notebook"].str.replace("](", "](notebooks/", regex=False)))
 
 
-PARTS = {"results": _results, "ood": _ood, "made": _made, "claims": _claims}
+PARTS = {"results": _results, "ood": _ood, "made": _made, "claims": _claims, "kinds": _kinds, "lambda": _lambda}
 FIRST = {"claims": "reranking.csv"}  # the table whose presence says that a study is published, if not metrics.csv
 ALL = {"takeaway": _takeaway, "verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 

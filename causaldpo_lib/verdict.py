@@ -179,7 +179,7 @@ CONTROLS = (
         "environments that move the outcome and that prompts reveal (notebook 14)",
     ),
     Statement(
-        "So they do where the penalty is strong enough to be felt (λ = 10 and 100)",
+        "Inferred environments rank and fit better than shuffled ones where the penalty is felt (λ = 10 and 100)",
         "implied by Sections 3.2 and 3.3; `shuffled` at the same λ",
         tuple(
             claim

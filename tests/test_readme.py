@@ -58,3 +58,19 @@ def test_example_titles_are_in_the_catalogue_of_the_default_study():
     titles = set(load_dataset("simulated", **options).items["title"])
     named = re.findall(r"recommend\([^\[]*\[([^\]]*)\]", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert named and {title.strip(' "') for title in named[0].split(",")} <= titles
+
+
+@pytest.mark.parametrize(
+    ("study", "part", "says"),
+    [
+        ("published", "kinds", ["- As published: CausalDPO against DPO: ", "; its shuffled control against DPO: "]),
+        (
+            "variants",
+            "lambda",
+            ["- *ml-100k-popularity, OOD test.*", " At 100: CausalDPO -", "; SFT, where"],
+        ),
+    ],
+)
+def test_what_one_table_hides_is_said_in_a_line(study, part, says):
+    text = readme.filled(f"<!-- {study} {part} -->\n<!-- end -->", FIGURES)
+    assert all(words in text for words in says) and len(text.splitlines()) == 3
