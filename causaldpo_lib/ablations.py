@@ -392,15 +392,16 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
         return f"**Takeaway.** *{setting}.* Nothing on this axis was compared."
     moved = [f"{name}: {each.word} ({each.size})" for name, each in found.items() if each.word != NOTHING]
     equal = [equivalence(tables, setting, "ood_test", PRIMARY, *pairs[name]) for name in found]
-    still = f"no detectable change in {len(found) - len(moved)} of {len(found)} comparisons"
+    rest = len(found) - len(moved)
+    still = f"no detectable change in {rest} of {len(found)} comparisons" if rest else f"detected in all {len(found)} comparisons"
     if unsure := [f"{name} ({each.size})" for name, each in found.items() if each.open]:
         still += f", though the interval leaves out 0 before correction in: {', '.join(unsure)}"
     refuted = f", a change of ±{100 * MARGIN:.1f} % refuted in {equal.count('equivalent')}"
-    rest = [
+    others = [
         f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}" for name, title in METRICS.items()
     ]
     said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}.{_ends(tables, setting, axis, known)}"
-    return "\n".join([f"**Takeaway.** *{setting}, OOD test.* {said}", "", *(f"- {text}." for text in rest[1:])])
+    return "\n".join([f"**Takeaway.** *{setting}, OOD test.* {said}", "", *(f"- {text}." for text in others[1:])])
 
 
 def _ends(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
