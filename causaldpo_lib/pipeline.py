@@ -2,11 +2,13 @@
 
 A stage is one notebook and one function of ``stages.py``. Its run folder is named by a digest of the
 parameters, in which an input counts by the name of *its* run folder: the same configuration is the same
-folder, whichever study asks for it. A run is complete when ``summary.json`` exists; it is written last.
+folder, whichever study asks for it. A run is complete when ``summary.json`` exists, which is written last, and names
+the present code, the inputs' present results, and the raw files at hand.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,10 +20,11 @@ from typing import Any
 
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.parameters import check, declared_in
-from causaldpo_lib.paths import NOTEBOOKS, RESULTS, from_root
+from causaldpo_lib.paths import NOTEBOOKS, RESULTS, data_folder, from_root
 from causaldpo_lib.records import commit, plain, read_json, shown, versions, write_json
 from causaldpo_lib.sources import canonical, digest, function_digest, notebook_digest
 
+SAMPLED = 1 << 20  # bytes of a raw file that are read at either end to notice another
 KEPT = ("config.json", "notebook.ipynb", "log.txt")  # what a fresh start of a run leaves in its folder
 
 
@@ -144,18 +147,27 @@ def _own(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. ``code`` is the digest of the library code, its own and upstream, behind the result."""
+    """One run folder. ``code`` is the digest of the library code, its own and upstream, behind the result; ``inputs``
+    are those of the runs that it reads."""
 
     folder: Path
     stage: str
     parameters: Mapping[str, Any]
     code: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def complete(self) -> bool:
-        """Whether the result is there and was made by the present code."""
-        return (self.folder / "summary.json").exists() and self.summary["code"] == self.code
+        """Whether the result is there and was made by the present code, from the present inputs and raw files."""
+        if not (self.folder / "summary.json").exists():
+            return False
+        made, now = self.summary, {**self.inputs, **self.raw_files()}
+        return made["code"] == self.code and all(made["inputs"].get(key, value) == value for key, value in now.items())
+
+    def raw_files(self) -> dict[str, str]:
+        """``files``: the fingerprint of the raw files that a data run reads; empty for others and without files."""
+        return raw_files(self.parameters) if self.stage == "data" else {}
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -164,8 +176,10 @@ class Run:
 
     def finish(self, device: str = "cpu", **scalars: Any) -> Path:
         """Write ``summary.json`` and return its path; the run is complete from here on. NaN becomes null."""
+        config = read_json(self.folder / "config.json")
         summary = {
-            **read_json(self.folder / "config.json"),
+            **config,
+            "inputs": {**config["inputs"], **self.raw_files()},  # the files may have come with the run, by download
             "code": self.code,
             "versions": versions(),
             "commit": commit(),
@@ -204,13 +218,41 @@ def open_run(stage: str, parameters: Mapping[str, Any], folder: str | Path | Non
     }
     _refuse_other(target, config)
     code = digest([library_digest(stage), *(run.code for run in inputs.values())])
-    run = Run(target, stage, config["parameters"], code)
+    run = Run(target, stage, config["parameters"], code, config["inputs"])
     if not run.complete:
         target.mkdir(parents=True, exist_ok=True)
         for path in _content(target):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(target / "config.json", config)
     return run
+
+
+def raw_files(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """``files``: sha256 of names, sizes, and the first and last MiB of a dataset's files; empty if none is at hand.
+
+    Not of all bytes: a study asks whenever it is planned, and datasets have gigabytes. Moved or copied files stay the
+    same. A named ``file`` (dataset ``custom``) stands for the folder.
+    """
+    folder, own = data_folder() / parameters["dataset"], parameters["dataset_options"].get("file")
+    paths = [folder / own] if own else sorted(path for path in folder.rglob("*") if path.is_file())
+    found = hashlib.sha256()
+    for path in (path for path in paths if path.is_file()):
+        size = path.stat().st_size
+        found.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as stream:
+            found.update(stream.read(SAMPLED))
+            stream.seek(max(size - SAMPLED, 0))
+            found.update(stream.read(SAMPLED))
+    return {"files": found.hexdigest()} if any(path.is_file() for path in paths) else {}
+
+
+def stale_files(folder: Path) -> bool:
+    """Whether a finished data run was made from other raw files than those at hand; not if there are none."""
+    if not (folder / "summary.json").exists():
+        return False
+    made = read_json(folder / "summary.json")
+    now = raw_files(made["parameters"]).get("files")
+    return bool(now) and made["inputs"].get("files", now) != now
 
 
 def load_run(path: str | Path, stages: str | tuple[str, ...]) -> Run:
@@ -231,7 +273,8 @@ def load_run(path: str | Path, stages: str | tuple[str, ...]) -> Run:
     if not (folder / "summary.json").exists():
         again = pick(STAGES, config["stage"], "stage").path.name
         raise StudyError(f"{shown(folder)} has no summary.json, so its run did not finish: run {again} again")
-    return Run(folder, config["stage"], config["parameters"], read_json(folder / "summary.json")["code"])
+    made = read_json(folder / "summary.json")
+    return Run(folder, config["stage"], config["parameters"], made["code"], made["inputs"])
 
 
 def _content(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import FIGURES, NOTEBOOKS, RESULTS, ROOT
-from causaldpo_lib.pipeline import STAGES, smoke_folder
+from causaldpo_lib.pipeline import STAGES, smoke_folder, stale_files
 from causaldpo_lib.records import shown
 from causaldpo_lib.run import execute_in_place
 
@@ -46,6 +46,7 @@ REASONS = {
     "Set of input files": "it has other inputs than before",
     "Updated input files": "an input changed",
     "Input files updated": "an input is made anew",
+    "Forced execution": "its raw files are others",
 }
 
 
@@ -216,9 +217,17 @@ def _belongs(study: Study, stem: str) -> bool:
 def _command(study: Study, threads: int = 1) -> list[str]:
     if importlib.util.find_spec("snakemake") is None:
         raise StudyError("Snakemake is not installed: run `make setup`, or pip install -e '.[pipeline]'")
+    from causaldpo_lib.study import jobs  # which imports this module
+
+    changed = [
+        study.outcome(job.setting) if study.data_only else job.folder / "summary.json"
+        for job in jobs(study)
+        if job.stage == "data" and stale_files(job.folder)
+    ]
     config = [f"study={study.path.resolve()}", f"threads={threads}"]
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--nolock"]
     options = ["--rerun-incomplete", "--keep-going", "--rerun-triggers", *TRIGGERS]
+    options += ["--forcerun", *map(shown, changed)] if changed else []
     return [*snakemake, *options, "--config", *config]
 
 

@@ -193,9 +193,56 @@ def test_a_finished_run_is_found_again_and_left_alone():
     assert summary["versions"]["python"] and summary["wall_seconds"] >= 0 and summary["device"] == "cpu"
 
 
+def test_a_run_made_from_another_result_of_its_input_is_not_complete(data):
+    """The same configuration, run again: its weights are others, so what was made of the old ones is not of it."""
+    sft = finished("sft", data=data)
+    aligned = {"data": data, "sft": str(sft.folder)}
+    finished("align", **aligned)
+    assert open_run("align", resolve("align", aligned)).complete
+    (sft.folder / "summary.json").unlink()
+    sft.finish(score=0.25)
+    assert not open_run("align", resolve("align", aligned)).complete
+
+
+def test_a_data_run_is_complete_as_long_as_its_raw_files_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAUSALDPO_DATA", str(tmp_path / "raw"))
+    given = {"dataset": "ml-100k", "shift": "popularity", "dataset_options": {}}
+    file = tmp_path / "raw" / "ml-100k" / "u.data"
+
+    def complete():
+        return open_run("data", resolve("data", given)).complete
+
+    opened = open_run("data", resolve("data", given))  # nothing is there yet: the stage downloads it
+    file.parent.mkdir(parents=True)
+    file.write_text("1\t2\t3\t4\n")
+    opened.finish()
+    assert complete() and not pipeline.stale_files(opened.folder)
+    text = file.read_text()
+    file.unlink()
+    assert complete()  # no raw files, no doubt
+    file.write_text(text)  # copied anew
+    assert complete()
+    file.write_text("1\t2\t3\t5\n")
+    assert pipeline.stale_files(opened.folder) and not complete()
+    assert not pipeline.stale_files(opened.folder)  # cleared: no result, none that is stale
+
+
+def test_a_named_file_stands_for_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAUSALDPO_DATA", str(tmp_path))
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom" / "mine.csv").write_text("a")
+    own = {"dataset": "custom", "dataset_options": {"file": "mine.csv"}}
+    before = pipeline.raw_files(own)
+    (tmp_path / "custom" / "another.csv").write_text("b")
+    assert pipeline.raw_files(own) == before != {}
+    (tmp_path / "custom" / "mine.csv").write_text("c")
+    assert pipeline.raw_files(own) != before
+    assert pipeline.raw_files({"dataset": "simulated", "dataset_options": {}}) == {}
+
+
 def test_a_summary_is_strict_json_and_appears_whole(data, monkeypatch):
     folder = Path(data)
-    opened = pipeline.Run(folder, "data", {}, "code")
+    opened = pipeline.Run(folder, "data", declared("data"), "code")
     (folder / "summary.json").unlink()
     monkeypatch.setattr(records.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
