@@ -46,8 +46,8 @@ def end(job):
     return shown(STUDY.outcome(job.setting)) if STUDY.data_only else summary(job.folder)
 
 
-# A refusal is the notebook's own sentence; a cell that broke ("Cell 3 of ...") fails the step, as everywhere.
-REFUSED = "grep '^error: ' {log.txt:q} | tail -n 1 | grep -Ev '^error: Cell |kernel died' > {output:q}"
+# A refusal is the notebook's own sentence; a cell that broke ("Cell 3 of ...") or an interruption fails the step.
+REFUSED = "grep '^error: ' {log.txt:q} | tail -n 1 | grep -Ev '^error: (Cell |interrupted)|kernel died' > {output:q}"
 COMMAND = NOTEBOOK + " -y {params.parameters:q} > {log.txt:q} 2>&1"
 if STUDY.data_only:
     COMMAND = f"if ({COMMAND}); then : > {{output:q}}; else {REFUSED}; fi"
