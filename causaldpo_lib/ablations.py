@@ -393,7 +393,11 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
     moved = [f"{name}: {each.word} ({each.size})" for name, each in found.items() if each.word != NOTHING]
     equal = [equivalence(tables, setting, "ood_test", PRIMARY, *pairs[name]) for name in found]
     rest = len(found) - len(moved)
-    still = f"no detectable change in {rest} of {len(found)} comparisons" if rest else f"detected in all {len(found)} comparisons"
+    still = (
+        f"no detectable change in {rest} of {len(found)} comparisons"
+        if rest
+        else f"detected in all {len(found)} comparisons"
+    )
     if unsure := [f"{name} ({each.size})" for name, each in found.items() if each.open]:
         still += f", though the interval leaves out 0 before correction in: {', '.join(unsure)}"
     refuted = f", a change of ±{100 * MARGIN:.1f} % refuted in {equal.count('equivalent')}"

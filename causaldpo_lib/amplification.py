@@ -19,8 +19,9 @@ import pandas as pd
 from causaldpo_lib.data.simulated import simulate
 from causaldpo_lib.evaluation import share_metric
 from causaldpo_lib.paths import PARAMS
+from causaldpo_lib.pipeline import declared
 from causaldpo_lib.plots import SPLITS, look
-from causaldpo_lib.study import load_study
+from causaldpo_lib.study import Setting, Study, load_study
 from causaldpo_lib.tables import TEST_SPLITS, Tables, settings
 from causaldpo_lib.takeaways import change
 
@@ -34,12 +35,19 @@ STEPS = (  # what the alignment changes, and what is changed about it
 )
 
 
-def strengths(study: str) -> dict[str, float]:
+def strengths(name: str) -> dict[str, float]:
     """Confounding strength (log-odds of a boosted item) of each setting of a study that is simulated."""
-    if not (PARAMS / "studies" / f"{study}.yaml").exists():
+    if not (PARAMS / "studies" / f"{name}.yaml").exists():
         return {}
-    simulated = (setting for setting in load_study(study).settings if setting.dataset == "simulated")
-    return {setting.name: strength_of(setting.overrides["data"].get("dataset_options", {})) for setting in simulated}
+    study = load_study(name)
+    simulated = (setting for setting in study.settings if setting.dataset == "simulated")
+    return {setting.name: strength_of(_dataset_options(study, setting)) for setting in simulated}
+
+
+def _dataset_options(study: Study, setting: Setting) -> Mapping[str, Any]:
+    """Of a setting's data run: the setting's own, else the study's, else notebook 01's."""
+    layers = declared("data"), study.overrides.get("data", {}), setting.overrides.get("data", {})
+    return next(layer["dataset_options"] for layer in reversed(layers) if "dataset_options" in layer)
 
 
 def strength_of(options: Mapping[str, Any]) -> float:

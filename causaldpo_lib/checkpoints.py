@@ -37,7 +37,9 @@ def damage(checkpoint: Path) -> str | None:
     """Why ``checkpoint`` cannot be resumed from, or None."""
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):  # not JSON, or no text at all
+        sizes = None
+    if not isinstance(sizes, dict) or not all(isinstance(size, int) for size in sizes.values()):
         return f"it has no readable {MANIFEST}"
     for name, size in sizes.items():
         file = checkpoint / name

@@ -94,7 +94,7 @@ def from_text(text: str, default: Any) -> Any:
     for read in (ast.literal_eval, yaml.safe_load):
         try:
             return read(text)
-        except (SyntaxError, ValueError, yaml.YAMLError):
+        except (SyntaxError, ValueError, TypeError, yaml.YAMLError):  # TypeError: a list as a key
             continue
     return text
 
@@ -127,6 +127,9 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key is a list or a mapping instead of a name"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"key {key.value!r} is given twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

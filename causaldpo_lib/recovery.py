@@ -308,17 +308,22 @@ def probe(
     ``accuracy`` beside ``majority``, the share of the most frequent class; ``information``, the share of the entropy of
     ``truth`` that the predicted probabilities take away (0: nothing; below 0: worse than the classes' shares); ``ami``
     of predicted and true classes, and its ``p`` as in ``agreement``. The best of ``PENALTIES`` counts: a ceiling.
+    Fewer users than ``folds`` make a fold each. Nothing is read of features that are all alike, nor where the users of
+    some fit have a single class.
     """
     codes = pd.factorize(truth, sort=True)[0]
     shares = np.bincount(codes) / len(codes)
     found = {"accuracy": float(shares.max()), "majority": float(shares.max()), "information": 0.0, "ami": 0.0, "p": 1.0}
-    if not distinct(features):
+    folds = min(folds, len(np.unique(users)))
+    if folds < 2 or not distinct(features):
+        return found
+    parts = list(GroupKFold(folds).split(features, codes, users))
+    if min(len(np.unique(codes[fitted])) for fitted, _ in parts) < 2:
         return found
     best: dict[str, float] = {"information": -np.inf}
     for penalty in PENALTIES:
         model = make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=1000))
-        folded = {"groups": users, "cv": GroupKFold(folds), "method": "predict_proba"}
-        predicted = cross_val_predict(model, features, codes, **folded)
+        predicted = cross_val_predict(model, features, codes, cv=parts, method="predict_proba")
         lost = -np.log(np.clip(predicted[np.arange(len(codes)), codes], 1e-12, None)).mean()
         information = float(1 + lost / xlogy(shares, shares).sum())
         if information > best["information"]:

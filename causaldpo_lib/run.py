@@ -55,12 +55,20 @@ def parameters_of(
     for file in files:
         found |= check(defaults, read_yaml(file), f"{file} for {notebook.name}")
     if inline:
-        try:
-            found |= check(defaults, json.loads(inline), notebook.name)
-        except json.JSONDecodeError:
-            raise StudyError(f"-y {inline!r} is not JSON: write one object in double quotes") from None
+        found |= check(defaults, _object(inline), notebook.name)
     for key, text in pairs:
         found |= check(defaults, {key: from_text(text, defaults.get(key))}, notebook.name)
+    return found
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in a text of the command line."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        raise StudyError(f"-y {text!r} is not JSON: write one object, its keys in double quotes") from None
+    if not isinstance(found, dict):
+        raise StudyError(f'-y {text!r} is no object: write one, such as {{"seed": 1}}')
     return found
 
 

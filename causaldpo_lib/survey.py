@@ -6,8 +6,9 @@ A study without methods consists of data runs. ``python -m causaldpo_lib.survey 
     datasets.csv             a row per setting and split: the numbers of `description.describe_by_split`
     datasets_summary.csv     a row per setting: those of `description.describe` about the whole, and the kind of shift,
                              or the sentence with which the dataset or the shift refused
-    datasets_sources.csv     a row per dataset: what was loaded, before any filter, and its rule for positives
-    datasets_loading.csv     what loading did: dataset, count, value
+    datasets_sources.csv     a row per dataset: what was loaded, before any filter, and its rule for positives; one that
+                             is loaded with several sets of options has a row of each, "name (option=value)"
+    datasets_loading.csv     what loading did: dataset (as above), count, value
     datasets_histograms.csv  popularity and time of the interactions, by setting and split
     datasets_prompts.csv     the ready-made prompt sets, by split
 
@@ -51,7 +52,7 @@ SOURCES += ("first", "last", "remark")
 PROMPTS = ("prompts", "split", "rows", "targets", "history", "candidates", "remark")
 # Table 2 of CausalDPO (arXiv 2603.22335), and the datasets here that stand for each row.
 PAPER = (
-    ("MovieLens-10M", 71_567, 10_681, 10_000_054, ("ml-10m", "ml-1m", "ml-100k", "ml-latest-small", "custom")),
+    ("MovieLens-10M", 71_567, 10_681, 10_000_054, ("ml-10m", "ml-1m", "ml-100k", "ml-latest-small")),
     ("Yelp2018", 31_668, 38_048, 1_561_406, ("yelp",)),
     ("Book-Crossing", 278_858, 271_379, 1_149_780, ("book-crossing",)),
 )
@@ -112,8 +113,10 @@ def describe_sources(jobs: Iterable[Any]) -> tuple[Frame, Frame]:
         key = (job.parameters["dataset"], json.dumps(job.parameters["dataset_options"], sort_keys=True))
         settings.setdefault(key, []).append(job.setting)
     rows, counts = [], []
+    labels = _labels(settings)
     for (name, options), used in settings.items():
-        row = {"dataset": name, "settings": len(used)}
+        label = labels[name, options]
+        row = {"dataset": label, "settings": len(used)}
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
@@ -130,8 +133,26 @@ def describe_sources(jobs: Iterable[Any]) -> tuple[Frame, Frame]:
             first, last = pd.to_datetime(table["time"].agg(["min", "max"]), unit="s").dt.strftime("%Y-%m-%d")
             row |= {"first": first, "last": last}
         rows.append({**row, "remark": " ".join(dict.fromkeys(_sentence(str(each.message)) for each in said))})
-        counts += [{"dataset": name, "count": count, "value": value} for count, value in data.stats.items()]
+        counts += [{"dataset": label, "count": count, "value": value} for count, value in data.stats.items()]
     return pd.DataFrame(rows, columns=SOURCES), pd.DataFrame(counts, columns=["dataset", "count", "value"])
+
+
+def _labels(loaded: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What tables call each (dataset, options as JSON): its name, and those of its options that others of it differ in.
+
+    Several files of readers' own are all ``custom``: rows of one name would pass for one dataset.
+    """
+    chosen = {key: json.loads(key[1]) for key in loaded}
+    found = {}
+    for (name, text), options in chosen.items():
+        others = [other for (dataset, _), other in chosen.items() if dataset == name]
+        own = [
+            f"{option}={value}"
+            for option, value in options.items()
+            if any(option not in other or other[option] != value for other in others)
+        ]
+        found[name, text] = f"{name} ({_sentence(', '.join(own))})" if own else name
+    return found
 
 
 def describe_prompts() -> Frame:
@@ -201,12 +222,18 @@ def table_2(study: Tables) -> Frame:
         rows.append((paper, "paper, printed", users, items, interactions))
         for dataset in stand_ins:
             for stage, table in (("as loaded", sources), ("positives kept", summary)):
-                found = select(table, dataset=dataset).dropna(subset=["users"])
-                if len(found):
-                    rows.append((paper, f"{dataset}, {stage}", *found.iloc[0][["users", "items", "interactions"]]))
+                found = _first(table, dataset)
+                if found is not None:
+                    rows.append((paper, f"{dataset}, {stage}", *found[["users", "items", "interactions"]]))
     table = pd.DataFrame(rows, columns=["paper", "source", "users", "items", "interactions"])
     table = table.astype({name: int for name in ("users", "items", "interactions")})
     return table.assign(density=table["interactions"] / (table["users"] * table["items"]))
+
+
+def _first(table: Frame, dataset: str) -> pd.Series | None:
+    """The first row with counts of a dataset, whatever its options; None without any."""
+    rows = table[table["dataset"].str.partition(" (")[0].eq(dataset) & table["users"].notna()]
+    return rows.iloc[0] if len(rows) else None
 
 
 def table_2_cells(study: Tables) -> Frame:
@@ -241,6 +268,22 @@ def differences(study: Tables) -> str:
     def loaded(dataset: str, column: str = "interactions") -> int:
         return int(counts.loc[f"{dataset}, as loaded", column])
 
+    def filtered(dataset: str) -> tuple[int, int] | None:
+        """(rows of the files, those of them that the loader left out), None where its counts do not say so."""
+        label = _first(study["datasets_sources"], dataset)["dataset"]
+        did = select(study["datasets_loading"], dataset=label).set_index("count")["value"]
+        known = {"rows_read", "rows_filtered"} <= set(did.index)
+        return (int(did["rows_read"]), int(did["rows_filtered"])) if known else None
+
+    def implicit() -> str:
+        """What became of the implicit ratings, zeros, of Book-Crossing."""
+        if _first(study["datasets_sources"], "book-crossing")["lowest"] == 0:
+            return ", implicit ones among them"
+        rows_read, left_out = filtered("book-crossing") or (0, 0)
+        if left_out:
+            return f" after the loader left out {left_out:,} implicit ones of {rows_read:,} rows"
+        return ", none of them implicit" if rows_read else ""
+
     def kept(dataset: str) -> str:
         name = f"{dataset}, positives kept"
         if name not in counts.index:
@@ -257,25 +300,32 @@ def differences(study: Tables) -> str:
         "both are given: as loaded, and the positives kept."
     )
     sizes = "; ".join(f"{n}: {loaded(n):,} ratings, {loaded(n) / printed['MovieLens-10M']:.1%}" for n in stand_ins)
-    if not has("ml-10m"):
+    if not has("ml-10m") and not stand_ins:
+        lines.append("**MovieLens-10M** is not at hand, and nothing of its publisher stands in for it.")
+    elif not has("ml-10m"):
         lines.append(
             f"**MovieLens-10M** is not at hand; smaller data of the same publisher stand in for it ({sizes} of the "
             f"printed {printed['MovieLens-10M']:,}). "
             + " ".join(f"Of {name} {kept(name)}." for name in stand_ins)
             + (" The library loads the 10M files too: name `ml-10m` in the study." if "ml-10m" in DATASETS else "")
         )
+    reviews = ""
+    if has("yelp"):
+        rows_read, left_out = filtered("yelp") or (0, 0)
+        part = f" (the loader left out {left_out:,} of {rows_read:,} rows)" if left_out else ""
+        reviews = f" The sample of it at hand has {loaded('yelp'):,} reviews{part}; {kept('yelp')}."
     lines.append(
         f"**Yelp2018.** The printed {printed['Yelp2018']:,} interactions are those of the 10-core benchmark used for "
         "graph recommenders, which has no ratings, no times and no names: the paper's rating filter, its temporal "
         "split and its text prompts need the publisher's Yelp Open Dataset instead, whose counts are others."
-        + (f" The sample of it at hand has {loaded('yelp'):,} reviews; {kept('yelp')}." if has("yelp") else "")
+        f"{reviews}"
     )
     books = ""
     if has("book-crossing"):
         share = loaded("book-crossing") / printed["Book-Crossing"]
         books = (
-            f" The subset at hand has {loaded('book-crossing'):,} ratings ({share:.0%}), none of them implicit, and "
-            f"editions of one title are one item; {kept('book-crossing')}."
+            f" What is at hand has {loaded('book-crossing'):,} ratings ({share:.0%}){implicit()}; editions of one "
+            f"title are one item; {kept('book-crossing')}."
         )
     lines.append(
         f"**Book-Crossing.** The printed {printed['Book-Crossing']:,} rows are the publisher's whole dump, of which "

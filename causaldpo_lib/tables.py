@@ -76,6 +76,13 @@ LATER = {
     "training": ["setting", "method", "seed", "iteration", "step"],
     "costs": ["setting", "stage", "method", "runs", "seconds", "device"],
 }
+# Columns of the tables that can be without rows: those, and differences, of which a single method has none.
+COLUMNS = LATER | {
+    "paired": [
+        *("setting", "split", "metric", "method", "baseline", "difference", "low", "high", "p", "p_holm"),
+        *("margin", "p_equivalent", "p_equivalent_holm", "p_mcnemar"),
+    ]
+}
 # Columns of an alignment's log that curves are drawn from, where it has them.
 LOGGED = (
     *("preference_loss", "margin", "accuracy", "win_rate", "margin_min", "chosen_logp"),
@@ -125,7 +132,7 @@ def collect_jobs(jobs: Sequence[Any], comparisons: Sequence[tuple[str, str]] = (
     if not rows["metrics"]:
         raise StudyError("the study has no ranking run: there is nothing to put into tables")
     tables = {
-        name: pd.DataFrame(content or None, columns=None if content else LATER.get(name))
+        name: pd.DataFrame(content or None, columns=None if content else COLUMNS.get(name))
         for name, content in rows.items()
     }
     return {**tables, **points}

@@ -302,7 +302,7 @@ def test_the_verdict_names_what_moves(numbers):
     text = ablations.verdict(made_up({("vrex", "dpo"): numbers, ("causal_dpo", "shuffled"): numbers}), KNOWN)
     title, moved = AXES["penalties"].title, numbers != NOTHING
     detected = text.split("detected changes in ")[1].split("; none in ")[0]
-    assert (f"{title} (1 of 4)" in detected) == moved  # against DPO: MMD, V-REx, group DRO, backdoor
+    assert (f"{title} (1 of 3)" in detected) == moved  # against DPO: MMD, V-REx, group DRO
     assert (detected == "none") == (not moved)
     word = {UP: "raised", DOWN: "lowered", NOTHING: "no detectable change"}[numbers]
     assert f"Inferred against shuffled environments: {word} (" in text

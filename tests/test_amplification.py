@@ -8,8 +8,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import yaml
 
-from causaldpo_lib import amplification, plots
+from causaldpo_lib import amplification, pipeline, plots
+from causaldpo_lib import study as studies
 from causaldpo_lib.data.simulated import simulate
 from causaldpo_lib.evaluation import share_metric
 
@@ -34,6 +36,29 @@ def test_strengths_come_from_the_study_s_file():
     known = {"simulated-none": 0.0, "simulated-weak": 1.5, "simulated-strong": 3.0}
     assert amplification.strengths("simulated") == known
     assert amplification.strengths("baselines") == {} == amplification.strengths("no such study")
+
+
+def test_strengths_may_stand_in_the_study_s_own_section(tmp_path, monkeypatch):
+    settings = [
+        {"dataset": "simulated", "shift": "iid"},
+        {"dataset": "simulated", "shift": "temporal", "data": {"test_examples": 5}},
+        {"dataset": "simulated", "shift": "popularity", "data": {"dataset_options": {"strength": 0.5}}},
+        {"dataset": "simulated", "shift": "environment", "data": {"dataset_options": {}}},
+    ]
+    content = {"settings": settings, "methods": [], "seeds": [], "data": {"dataset_options": {"strength": 2.5}}}
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "mine.yaml").write_text(yaml.safe_dump(content))
+    for module in (amplification, studies):
+        monkeypatch.setattr(module, "PARAMS", tmp_path)
+    own = amplification.strength_of({})
+    assert list(amplification.strengths("mine").values()) == [2.5, 2.5, 0.5, own]
+    jobs = studies.jobs(studies.load_study("mine"))
+    laid_out = {job.setting: amplification.strength_of(job.parameters["dataset_options"]) for job in jobs}
+    assert amplification.strengths("mine") == laid_out
+    del content["data"]  # what is left is the notebook's
+    (tmp_path / "studies" / "mine.yaml").write_text(yaml.safe_dump(content))
+    declared = amplification.strength_of(pipeline.declared("data")["dataset_options"])
+    assert list(amplification.strengths("mine").values()) == [declared, declared, 0.5, own]
 
 
 def test_changes_are_in_points_and_a_setting_of_two_studies_is_that_of_the_first():

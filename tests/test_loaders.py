@@ -316,6 +316,21 @@ def test_custom(load):
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_blank_first_title_of_custom_data_does_no_harm(tmp_path, kind):
+    blank = [" ", ""] if kind == "csv" else [None, "\t"]
+    titles = [blank[0], "One", "Uno", blank[1], blank[0]]
+    frame = pl.DataFrame({"user": [1, 2, 3, 1, 1], "item": [1, 1, 1, 2, 3], "title": titles})
+    frame = pl.concat([frame, pl.DataFrame({"user": [2], "item": [2], "title": ["Two"]})])
+    path = tmp_path / f"mine.{kind}"
+    frame.write_csv(path) if kind == "csv" else frame.write_parquet(path)
+    data = load_dataset("custom", tmp_path, file=path.name, rating="", time="")
+    assert data.items[["item", "title"]].values.tolist() == [[1, "One"], [2, "Two"]]
+    assert len(data.table) == 5
+    found = {name: data.stats[name] for name in ("items_repeated", "items_untitled", "ratings_without_item")}
+    assert found == {"items_repeated": 3, "items_untitled": 1, "ratings_without_item": 1}
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_custom_columns_are_named_by_options(tmp_path, kind):
     frame = pl.DataFrame(
         {"u": [3, 3], "i": [20, 10], "t": ["B", "A"], "r": [1, 0], "when": ["2020-01-02", "2020-01-01"]}
@@ -406,8 +421,22 @@ def test_a_bad_row_is_named(tmp_path, name, file, line, old, new, word):
 def test_a_cut_time_at_the_end_of_custom_data_is_named(tmp_path):
     path = tmp_path / "interactions.csv"
     path.write_text("user,item,title,time\n1,1,A,1600000000\n2,1,A,16000")
-    with pytest.raises(StudyError, match=r"interactions\.csv:3: the last line is truncated \(time '16000'\)"):
+    said = (
+        r"interactions\.csv:3: the last line is truncated \(time '16000'\): restore the file, or end .* with a newline"
+    )
+    with pytest.raises(StudyError, match=said):
         load_dataset("custom", tmp_path, rating="")
+    path.write_bytes(path.read_bytes() + b"\n")
+    assert len(load_dataset("custom", tmp_path, rating="").table) == 2
+
+
+def test_a_last_small_number_may_have_fewer_digits(tmp_path):
+    path = tmp_path / "interactions.csv"
+    path.write_text("user,item,title,time\n1,1,A,12\n2,1,A,11\n3,1,A,10\n4,1,A,9")
+    assert load_dataset("custom", tmp_path, rating="").table["time"].tolist() == [12, 11, 10, 9]
+    # One that is no time in seconds among the others is enough: nothing is known of the last.
+    path.write_text("user,item,title,time\n1,1,A,1600000000\n2,1,A,99999999\n3,1,A,9")
+    assert len(load_dataset("custom", tmp_path, rating="").table) == 3
 
 
 @pytest.mark.parametrize("name", ["ml-latest-small", "lastfm", "custom"])

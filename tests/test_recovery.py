@@ -179,6 +179,26 @@ def test_the_probe_is_not_fitted_on_the_users_that_it_is_tested_on():
 # Batches
 
 
+def test_the_probe_says_nothing_where_there_is_nothing_to_find():
+    truth, features = blobs(20.0, count=60)
+    rows = recovery.dealt(np.arange(60), draws=9)
+    for classes, users in (
+        (np.zeros(60, dtype=int), np.arange(60)),  # one environment
+        (truth, np.zeros(60, dtype=int)),  # one user
+        (np.arange(60) % 2, np.arange(60) % 2),  # two users with an environment each: a fit sees only one
+    ):
+        found = recovery.probe(features, classes, users, rows)
+        assert found["accuracy"] == found["majority"] == np.bincount(classes).max() / 60
+        assert (found["information"], found["ami"], found["p"]) == (0, 0, 1)
+
+
+def test_fewer_users_than_folds_are_a_fold_each():
+    truth, features = blobs(20.0, count=60)
+    users = np.repeat(np.arange(3), 20)
+    found = recovery.probe(features, truth, users, recovery.dealt(users, draws=9))
+    assert found["accuracy"] > 0.9 and found["ami"] > 0.8
+
+
 def test_batches_are_whole_and_few_points_are_no_clusters():
     truth, features = blobs(20.0, count=300)
     rows = pd.DataFrame(recovery.batch_rows(features.astype(np.float32), truth, {TRUTH: truth}, 0, (16, 128, 512)))

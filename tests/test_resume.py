@@ -168,6 +168,16 @@ def test_a_truncated_checkpoint_is_passed_over(name, trained, capsys):
     assert latest_checkpoint(trained) == trained / "checkpoint-4"
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00\x9d", b"[]", b"5", b'{"model.safetensors": "many"}'])
+def test_a_manifest_of_rubbish_is_damage(content, tmp_path, capsys):
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "complete.json").write_bytes(b"{}" if step == 2 else content)
+    assert damage(tmp_path / "checkpoint-4") == "it has no readable complete.json"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+
+
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(trained, tmp_path, monkeypatch):
     """Cut off at any file: what was there before is what is found."""
     made = trainer(tmp_path, "beta_dpo")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causaldpo_lib import splits, study
+from causaldpo_lib import splits
 from causaldpo_lib.cuts import flattest, latest
 from causaldpo_lib.data import Interactions, load_dataset
 from causaldpo_lib.errors import StudyError
@@ -510,7 +510,6 @@ def test_a_shifts_functions_are_its_own_behind_those_of_every_split(shift):
     shared, (rule, *last) = splits.shift_functions(shift)[:3], splits.shift_functions(shift)[3:]
     assert shared == [select_positives, cut_inner, drop_unseen]
     assert rule is SPLITS[shift].rule and [*last, None][0] is SPLITS[shift].complete
-    assert study.shift_functions(shift) == splits.shift_functions(shift)  # the options that a study may set
     with pytest.raises(StudyError, match="unknown shift 'tmporal'"):
         splits.shift_functions("tmporal")
 

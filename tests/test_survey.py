@@ -146,6 +146,13 @@ def test_a_dataset_s_own_warning_stands_beside_its_counts(monkeypatch):
     assert loading.to_dict("records") == [{"dataset": "part", "count": "rows_read", "value": 2}]
 
 
+def loaded(counts: dict[str, tuple[int, int]]) -> pd.DataFrame:
+    """The table of loading for datasets with so many rows read and left out."""
+    names = ("rows_read", "rows_filtered")
+    found = [(name, count, value) for name, each in counts.items() for count, value in zip(names, each, strict=True)]
+    return pd.DataFrame(found, columns=["dataset", "count", "value"])
+
+
 def rows(**changes) -> dict[str, pd.DataFrame]:
     """Tables as of a study with books and a Yelp sample that nothing is left of."""
     sources = pd.DataFrame(
@@ -154,8 +161,10 @@ def rows(**changes) -> dict[str, pd.DataFrame]:
             "users": [943, 100, 50],
             "items": [1664, 200, 40],
             "interactions": [99_693, 114_978, 60],
+            "lowest": [1.0, 1.0, 1.0],
         }
     )
+    loading = loaded({"ml-100k": (100_000, 0), "book-crossing": (115_000, 0), "yelp": (61, 0)})
     summary = pd.DataFrame(
         {
             "setting": ["ml-100k-iid", "book-crossing-iid", "yelp-iid"],
@@ -167,7 +176,7 @@ def rows(**changes) -> dict[str, pd.DataFrame]:
             "interactions": [55_000, 600, None],
         }
     )
-    return {"datasets_sources": sources, "datasets_summary": summary} | changes
+    return {"datasets_sources": sources, "datasets_summary": summary, "datasets_loading": loading} | changes
 
 
 def test_counts_stand_beside_the_paper_s():
@@ -186,12 +195,65 @@ def test_every_difference_is_explained_with_this_study_s_numbers():
         "99,693 ratings, 1.0% of the printed 10,000,054",
         "55,000 positives of 900 users on 1,400 items",
         "has 60 reviews; nothing is kept (none of 60 interactions is left)",
-        "114,978 ratings (10%)",
+        "114,978 ratings (10%), none of them implicit; editions",
         "It has no times",
     ):
         assert said in text, text
     alone = rows(datasets_sources=rows()["datasets_sources"].iloc[:1])
     assert "at hand has" not in survey.differences(alone)
+
+
+def test_what_a_loader_left_out_is_said():
+    text = survey.differences(rows(datasets_loading=loaded({"book-crossing": (300_000, 185_022), "yelp": (99, 39)})))
+    assert "114,978 ratings (10%) after the loader left out 185,022 implicit ones of 300,000 rows; editions" in text
+    assert "has 60 reviews (the loader left out 39 of 99 rows);" in text and "none of them implicit" not in text
+    with_zeros = rows()["datasets_sources"].assign(lowest=0.0)
+    assert "114,978 ratings (10%), implicit ones among them;" in survey.differences(rows(datasets_sources=with_zeros))
+    unsaid = survey.differences(rows(datasets_loading=loaded({})))
+    assert "114,978 ratings (10%); editions" in unsaid
+
+
+def test_a_reader_s_own_file_stands_for_no_dataset_of_the_paper():
+    content = rows()
+    own = content["datasets_sources"].iloc[:1].assign(dataset="custom")
+    kept = content["datasets_summary"].iloc[:1].assign(dataset="custom", setting="custom-iid")
+    found = rows(datasets_sources=own, datasets_summary=kept)
+    assert not survey.table_2(found)["source"].str.contains("custom").any()
+    text = survey.differences(found)
+    assert "custom" not in text and "nothing of its publisher stands in for it" in text
+
+
+def test_several_files_of_readers_have_rows_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAUSALDPO_DATA", str(tmp_path))
+    (tmp_path / "custom").mkdir()
+    files = [("a.csv", 1), ("b.csv", 2), ("a.csv", 1)]
+    for file, users in files:
+        lines = "".join(f"{user},1,A\n" for user in range(users))
+        (tmp_path / "custom" / file).write_text(f"user,item,title\n{lines}")
+    common = {"rating": "", "time": ""}
+    jobs = [
+        studies.Job(
+            "data", file, None, None, {"dataset": "custom", "dataset_options": {"file": file, **common}}, {}, None
+        )
+        for file, _ in files
+    ]
+    sources, loading = survey.describe_sources(jobs)
+    assert sources["dataset"].tolist() == ["custom (file=a.csv)", "custom (file=b.csv)"]
+    assert sources["users"].tolist() == [1, 2] and sources["settings"].tolist() == [2, 1]
+    read = loading.pivot(index="dataset", columns="count", values="value")["rows_read"]  # refuses a repeated name
+    assert read.to_dict() == {"custom (file=a.csv)": 1, "custom (file=b.csv)": 2}
+
+
+def test_a_dataset_loaded_in_two_ways_stands_beside_the_paper_in_the_first():
+    content = rows()
+    names = {"book-crossing": "book-crossing (implicit=True)"}
+    sources = content["datasets_sources"].replace({"dataset": names})
+    more = sources.iloc[[1]].assign(dataset="book-crossing", interactions=7)
+    found = rows(
+        datasets_sources=pd.concat([sources, more]), datasets_loading=content["datasets_loading"].replace(names)
+    )
+    assert survey.table_2(found).set_index("source").loc["book-crossing, as loaded", "interactions"] == 114_978
+    assert "114,978 ratings (10%), none of them implicit" in survey.differences(found)
 
 
 def test_histograms_have_a_column_per_dataset_and_a_row_per_kind(tables):

@@ -283,6 +283,17 @@ def test_an_empty_table_keeps_its_columns(one_setting, tmp_path):
     assert tables.read(tmp_path)["validation"].empty
 
 
+def test_a_single_method_has_no_differences_but_their_columns(jobs, collected, tmp_path):
+    alone = [job for job in jobs if job.stage not in ("rank", "align") or job.method == "sft"]
+    found = tables.collect_jobs(alone)
+    assert found["paired"].empty and set(found["paired"]) == set(collected["paired"])
+    tables.write_tables(tmp_path, found)
+    read = tables.read(tmp_path)
+    assert read["paired"].empty and list(read["paired"]) == tables.COLUMNS["paired"]
+    assert set(tables.result_table(read, NAMES[0], "ood_test")["method"]) == {"SFT", "Random", "Most popular"}
+    assert "SFT" in tables.summary_text(tmp_path)
+
+
 def test_tables_of_an_earlier_version_are_read_without_the_later_ones(folder, tmp_path):
     for file in folder.glob("*.csv"):
         if file.stem not in tables.LATER:

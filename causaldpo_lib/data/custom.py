@@ -7,8 +7,8 @@ from pathlib import Path
 
 import polars as pl
 
-from causaldpo_lib.data.interactions import Interactions, assemble
-from causaldpo_lib.data.reading import Layout, cut_short, existing, header_of, listed, read_rows, refuse, seconds
+from causaldpo_lib.data.interactions import Interactions, assemble, untitled
+from causaldpo_lib.data.reading import UNCUT, Layout, cut_short, existing, header_of, listed, read_rows, refuse, seconds
 from causaldpo_lib.errors import StudyError
 
 REMEDY = "put it there, or set option 'file' to its name and CAUSALDPO_DATA to the folder that holds custom/"
@@ -38,9 +38,9 @@ def load_custom(
     (``2018-07-30``, ``2018-07-30 12:00``, ``2018-07-30T12:00:00Z``; another zone is refused), and in Parquet also
     dates and datetimes.
 
-    Quirks: an item with several titles keeps that of its first row (counted as ``items_repeated``), several items of
-    one title become one. Without a column of ratings every row is rated 5.0, without times there are none; both with
-    a warning, unless the option is the empty text.
+    Quirks: an item with several titles keeps the first that is not blank (counted as ``items_repeated``), one without
+    any is dropped (``items_untitled``), several items of one title become one. Without a column of ratings every row
+    is rated 5.0, without times there are none; both with a warning, unless the option is the empty text.
 
     Args:
         folder: holds the file.
@@ -71,11 +71,12 @@ def load_custom(
         problems[what] = pl.col("time").is_null()
         problems["time {said!r} is no time in seconds: give seconds since 1970"] = pl.col("time").abs() > LATEST
         if layout is not None and header_of(path, layout)[-1] == time and rows["time"].null_count() == 0:
-            problems["the last line is truncated (time {said!r}): restore the file"] = cut_short(rows, path, "time")
+            problems[f"the last line is truncated (time {{said!r}}): {UNCUT}"] = cut_short(rows, path, "time")
     refuse(rows, path, layout, problems)
     rows = rows.with_columns(_whole(rows["user"]), _whole(rows["item"]))
     table = rows.select(name for name in ("user", "item", "rating", "time") if name in rows.columns)
-    items = rows.select("item", "title").unique(maintain_order=True)
+    # The first line of an item counts, so its blank titles go behind the others.
+    items = rows.select("item", "title").unique(maintain_order=True).sort(untitled(), maintain_order=True)
     return assemble("custom", table, items, positive_threshold=positive_threshold, strict=strict)
 
 

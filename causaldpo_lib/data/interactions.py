@@ -122,8 +122,7 @@ def assemble(
         StudyError: no rating is of a listed item, or what `Interactions` checks.
     """
     listed = items.unique("item", keep="first", maintain_order=True)
-    title = pl.col("title").cast(pl.String).str.replace_all(r"[\s\x00-\x1f\x7f]+", " ").str.strip_chars()
-    titled = listed.with_columns(title).filter(pl.col("title").is_not_null() & (pl.col("title") != ""))
+    titled = listed.with_columns(plain_title()).filter(~untitled())
     known = ratings.select(pl.col("item").is_in(titled["item"].implode()))["item"]
     kept = ratings if known.all() else ratings.filter(known)
     if kept.is_empty():
@@ -145,6 +144,16 @@ def assemble(
     return Interactions(
         name, table.to_pandas(), _to_pandas(catalogue), stats | merged, described, None, positive_threshold, strict
     )
+
+
+def plain_title() -> pl.Expr:
+    """Column title as text, with runs of white space and control characters as one space, and none around it."""
+    return pl.col("title").cast(pl.String).str.replace_all(r"[\s\x00-\x1f\x7f]+", " ").str.strip_chars()
+
+
+def untitled() -> pl.Expr:
+    """Whether column title is null or blank."""
+    return plain_title().fill_null("") == ""
 
 
 def merge_shared_titles(table: pl.DataFrame, items: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame, dict[str, int]]:

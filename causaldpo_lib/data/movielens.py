@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from causaldpo_lib.data.interactions import Interactions, assemble
-from causaldpo_lib.data.reading import Layout, cut_short, outside, published, read_rows, refuse, warn_of_subset
+from causaldpo_lib.data.reading import UNCUT, Layout, cut_short, outside, published, read_rows, refuse, warn_of_subset
 
 RELEASES = {
     "MovieLens-100K": {"ratings": 100_000, "users": 943, "movies": 1_682},
@@ -166,7 +166,7 @@ def _double_colon(name: str, folder: Path, release: str, lowest: float) -> tuple
 
 def _ratings(path: Path, layout: Layout, lowest: float) -> pl.DataFrame:
     rows = read_rows(path, layout).rename(COLUMNS_CSV, strict=False)
-    cut = {"the last line is truncated (time {time}): restore the file": cut_short(rows, path, "time")}
+    cut = {f"the last line is truncated (time {{time}}): {UNCUT}": cut_short(rows, path, "time")}
     refuse(rows, path, layout, {**outside("rating", lowest, 5), **cut})
     return rows.with_columns(pl.col("rating").cast(pl.Float32))  # exact: stars are halves
 

@@ -22,6 +22,8 @@ KINDS = {int: pl.Int64, float: pl.Float64, str: pl.String}
 WORDS = {int: "a whole number", float: "a number", str: "text"}
 WHOLE = re.compile(r"[ \t]*[+-]?[0-9]{1,19}")
 STAND_IN = "\x1f"  # one character in the place of a separator of two, which polars does not take
+CUTTABLE = 10**8  # seconds since 1970 have so much or more since 1973, 9 digits or 10: fewer are a part of one
+UNCUT = "restore the file, or end the last line with a newline if it is whole"  # for what `cut_short` finds
 ESCAPED = re.compile(r'\\(["\\])')
 
 
@@ -180,12 +182,15 @@ def refuse(rows: pl.DataFrame, path: Path, layout: Layout | None, problems: Mapp
 
 
 def cut_short(rows: pl.DataFrame, path: Path, last: str) -> pl.Expr:
-    """True for a last row without line end whose number in column ``last`` has fewer digits than all others."""
+    """True for a last row without line end whose number in column ``last`` has fewer digits than all others.
+
+    Only where all others are as long as seconds since 1970: of small numbers (12, 11, 10, 9) any may have fewer.
+    """
     with path.open("rb") as handle:
         handle.seek(-1, 2)
         ended = handle.read() in (b"\n", b"\r")
     others = rows[last].head(-1).abs().min()
-    if ended or others is None or len(str(abs(rows[last][-1]))) >= len(str(others)):
+    if ended or others is None or others < CUTTABLE or len(str(abs(rows[last][-1]))) >= len(str(others)):
         return pl.lit(False)
     return pl.int_range(pl.len()) == pl.len() - 1
 
