@@ -19,6 +19,7 @@ p-values are corrected over the methods compared with one baseline in one metric
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -298,18 +299,26 @@ GROUPS = {
 }
 
 
+@cache
+def _unconfounded(study: str) -> list[str]:
+    """The settings of a study in which nothing is confounded; its file is read once, for all statements."""
+    return [setting for setting, strength in strengths(study).items() if strength == 0]
+
+
 def tests_of(statement: Statement, studies: Mapping[str, Tables]) -> Frame:
     """Every test of a statement, as ``claim_table`` has it; of what several studies measured the first study counts.
 
     Columns: study, method, baseline, metric, setting, split, result, difference.
     """
     found = []
-    for study, tables in studies.items():
-        unconfounded = [] if statement.everywhere else [s for s, strength in strengths(study).items() if strength == 0]
-        for claim in statement.claims:
-            about = {"study": study, "method": claim.method, "baseline": claim.baseline, "metric": claim.metric}
-            rows = claim_table(tables, [claim]).assign(**about)
-            found.append(rows[~rows["setting"].isin(unconfounded)])
+    for study, claim in product(studies, statement.claims):
+        paired, pair = studies[study]["paired"], [claim.method, claim.baseline]
+        ours = (paired["metric"] == claim.metric) & paired["method"].isin(pair) & paired["baseline"].isin(pair)
+        if not ours.any():
+            continue
+        about = {"study": study, "method": claim.method, "baseline": claim.baseline, "metric": claim.metric}
+        rows = claim_table({**studies[study], "paired": paired[ours]}, [claim]).assign(**about)
+        found.append(rows if statement.everywhere else rows[~rows["setting"].isin(_unconfounded(study))])
     columns = ["study", "method", "baseline", "metric", "setting", "split", "result", "difference"]
     rows = pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
     return rows.drop_duplicates(["method", "baseline", "metric", "setting", "split"]).reset_index(drop=True)
