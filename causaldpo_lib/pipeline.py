@@ -246,13 +246,12 @@ def raw_files(parameters: Mapping[str, Any]) -> dict[str, str]:
     return {"files": found.hexdigest()} if any(path.is_file() for path in paths) else {}
 
 
-def stale_files(folder: Path) -> bool:
+def stale_files(folder: Path, parameters: Mapping[str, Any]) -> bool:
     """Whether a finished data run was made from other raw files than those at hand; not if there are none."""
-    if not (folder / "summary.json").exists():
+    now = raw_files(parameters).get("files")
+    if not now or not (folder / "summary.json").exists():
         return False
-    made = read_json(folder / "summary.json")
-    now = raw_files(made["parameters"]).get("files")
-    return bool(now) and made["inputs"].get("files", now) != now
+    return read_json(folder / "summary.json").get("inputs", {}).get("files", now) != now
 
 
 def load_run(path: str | Path, stages: str | tuple[str, ...]) -> Run:

@@ -222,7 +222,7 @@ def _command(study: Study, threads: int = 1) -> list[str]:
     changed = [
         study.outcome(job.setting) if study.data_only else job.folder / "summary.json"
         for job in jobs(study)
-        if job.stage == "data" and stale_files(job.folder)
+        if job.stage == "data" and stale_files(job.folder, job.parameters)
     ]
     config = [f"study={study.path.resolve()}", f"threads={threads}"]
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--nolock"]

@@ -216,15 +216,15 @@ def test_a_data_run_is_complete_as_long_as_its_raw_files_are_the_same(tmp_path, 
     file.parent.mkdir(parents=True)
     file.write_text("1\t2\t3\t4\n")
     opened.finish()
-    assert complete() and not pipeline.stale_files(opened.folder)
+    assert complete() and not pipeline.stale_files(opened.folder, opened.parameters)
     text = file.read_text()
     file.unlink()
     assert complete()  # no raw files, no doubt
     file.write_text(text)  # copied anew
     assert complete()
     file.write_text("1\t2\t3\t5\n")
-    assert pipeline.stale_files(opened.folder) and not complete()
-    assert not pipeline.stale_files(opened.folder)  # cleared: no result, none that is stale
+    assert pipeline.stale_files(opened.folder, opened.parameters) and not complete()
+    assert not pipeline.stale_files(opened.folder, opened.parameters)  # cleared: no result, none that is stale
 
 
 def test_a_named_file_stands_for_the_folder(tmp_path, monkeypatch):

@@ -380,6 +380,20 @@ def add_code(tree: Path, *modules: str) -> None:
             file.write("\nassert True\n")
 
 
+def test_other_raw_files_make_the_data_anew(tree, tmp_path, monkeypatch):
+    (tmp_path / "raw" / "simulated").mkdir(parents=True)
+    (tmp_path / "raw" / "simulated" / "ratings.csv").write_text("another")
+    monkeypatch.setenv("CAUSALDPO_DATA", str(tmp_path / "raw"))
+    assert planned(tree) == set()  # of files that a run does not record nothing is known
+    (summary,) = (tree / "results" / "runs").glob("*/data-*/summary.json")
+    before = summary.stat()
+    summary.write_text('{"inputs": {"files": "what it was made from"}}')
+    os.utime(summary, ns=(before.st_atime_ns, before.st_mtime_ns))
+    done = command(tree, "causaldpo_lib.study", "quick", "--dry-run")
+    assert "data (simulated-environment): its raw files are others\n" in done.stdout
+    assert "sft seed 1 (simulated-environment): an input" in done.stdout
+
+
 def test_saving_notebooks_and_rewording_code_runs_nothing(tree):
     for path in (tree / "notebooks").glob("*.ipynb"):
         content = nbformat.read(path, 4)
