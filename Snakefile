@@ -3,7 +3,8 @@
 #   python -m causaldpo_lib.study NAME        what `make study STUDY=NAME` does: this file, progress, results table
 #   snakemake -n --config study=NAME          what would run, and why
 #
-# A run's parameters and the digest of its code are `params`, so a change of either runs it again; saving outputs into
+# A run's parameters and the digest of its code are `params`, so a change of either runs it again (of the raw files
+# too, but only the first command looks at those: it forces their data runs); saving outputs into
 # a notebook does not. Executed notebooks are logs: a failing one is kept, with its traceback.
 
 import json

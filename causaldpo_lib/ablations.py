@@ -81,7 +81,8 @@ class Values:
                 value = parameters[member][option]
                 lines.append({"member": member, "method": base, "value": float(value[entry] if entry else value)})
         found = pd.DataFrame(lines, columns=["member", "method", "value"])
-        return found.sort_values("value", kind="stable", ignore_index=True)
+        found = found.sort_values("value", kind="stable", ignore_index=True)
+        return found if found["value"].nunique() > 1 else found.head(1)  # one value is no path, on however many lines
 
     def pairs(self, members: Frame) -> Pairs:
         """What is compared with what."""

@@ -220,6 +220,20 @@ def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
     )
 
 
+def test_one_value_on_two_lines_is_no_path(tables, tmp_path):
+    single = without(tables, *(name for name in METHODS if "-beta-" in name))
+    assert len(ablations.members(tables, SETTING, "beta", KNOWN)) > 2
+    ((figures, text),) = ablations.panels([source(single, tmp_path)], "beta")
+    assert not figures and text.endswith("have only CausalDPO.*")
+    assert "beta" not in set(ablations.ranges(single, SETTING, "ood_test", KNOWN)["axis"])
+
+
+def test_a_takeaway_of_detected_changes_alone_has_no_rest():
+    pairs = [("rose_po_hard", "rose_po"), ("rose_po_semantic", "rose_po"), ("rose_po_popular", "rose_po")]
+    text = ablations.takeaway(made_up(dict.fromkeys(pairs, UP)), SETTING, "rosepo", KNOWN)
+    assert "detected in all 3 comparisons" in text and "no detectable change in 0 of 3" not in text.splitlines()[0]
+
+
 def test_a_further_study_is_shown_only_where_it_adds_rows(tables, tmp_path):
     added = [name for name in METHODS if name.endswith("-100.0") or name.startswith("rose_po")]
     first, further = without(tables, *added), without(tables, "vrex", "bigrec")

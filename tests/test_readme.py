@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 from fabricated import setting
 
-from causaldpo_lib import readme, tables
+from causaldpo_lib import readme, survey, tables
 from causaldpo_lib.book import in_order
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import FIGURES, ROOT
+from causaldpo_lib.takeaways import change
 
 
 def test_readme_is_what_the_tracked_tables_give():
@@ -74,3 +75,19 @@ def test_example_titles_are_in_the_catalogue_of_the_default_study():
 def test_what_one_table_hides_is_said_in_a_line(study, part, says):
     text = readme.filled(f"<!-- {study} {part} -->\n<!-- end -->", FIGURES)
     assert all(words in text for words in says) and len(text.splitlines()) == 3
+
+
+def test_what_the_readme_says_without_numbers_is_so():
+    """Its sentences about the proposal, the random floor and the shift that is none follow from the tracked tables."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "they collect *less* of the interventional preference than uniform ones" in text
+    where = (tables.read(FIGURES / "simulated"), "simulated-strong", "ood_test", "causal_NDCG@10")
+    assert change(*where, "causal_negatives", "dpo").word == "lowered"
+    assert "under shift most aligned models have less of it than a uniform guess" in text
+    rows = tables.select(tables.read(FIGURES / "baselines")["metrics"], split="ood_test", metric="target_logp")
+    level = rows.set_index("method")["mean"]
+    plain = {"sft", "sasrec", "sasrec_bce", "bigrec", "rw", "d3", "random", "popular"}
+    aligned = level[[name for name in level.index if name not in plain]]
+    assert (aligned < level["random"]).mean() > 0.5
+    assert "sees no shift in book-crossing-exposure" in text
+    assert "**book-crossing-exposure**: no shift" in survey.kinds_text(survey.read(FIGURES / "datasets"))
