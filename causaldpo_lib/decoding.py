@@ -188,6 +188,13 @@ def title_logps(reading: Reading, titles: Tensor, trie: Trie, constrained: bool)
     return total + steps.sum(-1)
 
 
+def mixed(logps: Tensor, log_prior: Tensor) -> Tensor:
+    """log sum_k prior_k p_k of log-probabilities (K, B, N) given per environment: (B, N)."""
+    if len(logps) == 1:
+        return logps[0]
+    return torch.logsumexp(logps + log_prior[:, None, None], dim=0)
+
+
 def _blocks(rows: Tensor, width: int) -> Iterator[tuple[Tensor, int]]:
     """The rows cut so that no part times ``width`` exceeds ``BLOCK`` numbers, each with the place of its first row."""
     size = max(1, BLOCK // width)

@@ -25,8 +25,8 @@ One rule for each special case, the same in all rankers:
 - Empty generations: the first text that is not blank speaks; if all are blank, all titles tie.
 - Short catalogues: a list has min(k, titles) entries; masking that leaves fewer is an error that says how many.
 - Long histories: a prompt beyond the model's context loses its oldest titles, never its end.
-- Backdoor checkpoints (``environments.json``): ``mixture`` ranks by sum_k prior_k p(y | environment k, x), exactly for
-  listed titles and the catalogue; ``beam`` searches each environment and scores the union of what it finds exactly.
+- Backdoor checkpoints (``environments.json``): ``mixture`` ranks by sum_k prior_k p(y | environment k, x); ``beam``
+  searches by the same sum over prefixes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from causaldpo_lib.backbone import load_checkpoint
 from causaldpo_lib.beam import assisted_steps, beam_search, dead_nodes, in_order
 from causaldpo_lib.catalogue import CATALOGUE_FILE, Catalogue, Trie, read_catalogue, titles_of
 from causaldpo_lib.causal import BACKDOOR_FILE, Backdoor, with_environment
-from causaldpo_lib.decoding import MINUS_INFINITY, Reading, check_exact, read_prompts, title_logps
+from causaldpo_lib.decoding import MINUS_INFINITY, Reading, check_exact, mixed, read_prompts, title_logps
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.grounding import (
     answer_measures,
@@ -132,11 +132,8 @@ def rank_beam(
     :math:`(1 - w) \log\pi_C(y|x) + w \log p_{assistant}(y)`. ``target_logp`` stays the model's own.
 
     Raises:
-        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights;
-            a mixture with an assistant.
+        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights.
     """
-    if assistant is not None:
-        _refuse(mixture)
     task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, mixture)
     result = task.empty_lists()
     rank = np.full(len(prompts), len(catalogue.items))
@@ -147,23 +144,11 @@ def rank_beam(
             own = torch.as_tensor(assistant[chunk], device=task.trie.leaf.device)
             # Weights 1 - w and w order titles as 1 and w / (1 - w) do; the scores are scaled back below.
             steps = assisted_steps(own, task.trie) * (assistant_weight / (1 - assistant_weight))
-        beams = [
-            beam_search(reading, task.trie, max(k, width or k), dead, normalise_length, steps) for reading in readings
-        ]
-        found, scores = beams[0]
+        found, scores = beam_search(
+            readings, task.log_prior, task.trie, max(k, width or k), dead, normalise_length, steps
+        )
         if steps is not None:
             scores = scores * (1 - assistant_weight)
-        if len(beams) > 1:
-            union = torch.cat([positions for positions, _ in beams], dim=1)
-            # Where titles are masked, a search may end with void beams: of no title (-1), of a masked one, or of one
-            # that another beam has found in earnest.
-            void = torch.cat([values for _, values in beams], dim=1) == MINUS_INFINITY
-            union = union.clamp_min(0)
-            scores = task.mix([title_logps(reading, union, task.trie, constrained=True) for reading in readings])
-            if normalise_length:
-                scores = scores / (task.trie.paths[union] > 0).sum(-1)
-            again = ((union[:, :, None] == union[:, None]) & ~void[:, None]).tril(-1).any(-1)
-            found, scores = in_order(union, scores.masked_fill(again | void, MINUS_INFINITY))
         found, scores = found[:, : task.size].cpu().numpy(), scores[:, : task.size].cpu().numpy()
         result.items[chunk], result.scores[chunk] = catalogue.items[found], scores
         result.target_logp[chunk] = task.target_logps(chunk, readings)
@@ -527,10 +512,8 @@ class _Task:
         return torch.from_numpy(self.targets[chunk]).to(self.trie.leaf.device)[:, None]
 
     def mix(self, logps: Sequence[Tensor]) -> Tensor:
-        """log sum_k prior_k p_k of log-probabilities given per environment."""
-        if len(logps) == 1:
-            return logps[0]
-        return torch.logsumexp(torch.stack(list(logps)) + self.log_prior[:, None, None], dim=0)
+        """log-probabilities (B, N) of the mixture from those in each environment."""
+        return mixed(torch.stack(list(logps)), self.log_prior)
 
     def target_logps(self, chunk: list[int], readings: Sequence[Reading]) -> np.ndarray:
         """log pi_C of the targets, (B,)."""
