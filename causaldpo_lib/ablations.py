@@ -22,7 +22,7 @@ from causaldpo_lib import plots, takeaways
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.evaluation import MARGIN, SELECTION, K, share_metric
 from causaldpo_lib.evaluation import select as select_by_rule
-from causaldpo_lib.plots import SPLITS, look, metric_scale, metric_unit
+from causaldpo_lib.plots import SPLITS, look, metric_name, metric_scale, metric_unit
 from causaldpo_lib.study import jobs, load_study
 from causaldpo_lib.tables import (
     TEST_SPLITS,
@@ -41,8 +41,14 @@ Frame = pd.DataFrame
 Parameters = Mapping[str, Mapping[str, Any]]  # method to its parameters of alignment
 SHARE = share_metric("mass", "G1")
 PRIMARY = "target_logp"
-METRICS = {PRIMARY: "log-probability of the target", f"NDCG@{K}": f"NDCG@{K}", SHARE: "share of G1"}
-SHORT = {PRIMARY: "log p", f"NDCG@{K}": f"NDCG@{K}", SHARE: "share of G1"}
+CAUSAL = f"causal_NDCG@{K}"  # where the interventional preference is known
+METRICS = {
+    PRIMARY: "log-probability of the target",
+    CAUSAL: metric_name(CAUSAL),
+    f"NDCG@{K}": f"NDCG@{K}",
+    SHARE: "share of G1",
+}
+SHORT = {**METRICS, PRIMARY: "log p"}
 # Behind every panel: no alignment, no penalty, the control of the environments, and bounds (of which the last looks at
 # the target).
 LEVELS = ("sft", "dpo", "shuffled", "oracle_environment", "oracle_history", "oracle_target")
@@ -184,8 +190,26 @@ AXES: dict[str, Axis] = {
     ),
     "penalties": Choice(
         "Which penalty on the inferred environments",
-        {"dpo": "none", "causal_dpo": "MMD", "vrex": "V-REx", "group_dro": "group DRO", "backdoor": "backdoor, no MMD"},
+        {"dpo": "none", "causal_dpo": "MMD", "vrex": "V-REx", "group_dro": "group DRO"},
         "dpo",
+    ),
+    "backdoor": Choice(
+        "Conditioned on the environment (Eq. 6)",
+        {
+            "dpo": "not conditioned",
+            "backdoor-memberships-shuffled": "shuffled",
+            "backdoor": "inferred",
+            "backdoor-mmd_weight-1.0": "inferred, with MMD",
+            "backdoor-memberships-oracle_history": "oracle: history",
+            "backdoor-memberships-oracle_environment": "oracle: true",
+        },
+        "dpo",
+        (
+            ("backdoor", "backdoor-memberships-shuffled"),
+            ("backdoor-mmd_weight-1.0", "backdoor"),
+            ("backdoor-memberships-oracle_history", "backdoor-memberships-shuffled"),
+            ("backdoor-memberships-oracle_environment", "backdoor-memberships-shuffled"),
+        ),
     ),
     "parts": Choice(
         "Without its parts (Table 8)",
@@ -256,6 +280,12 @@ def parameters(study: str) -> Parameters:
     return {job.method: job.parameters for job in jobs(load_study(study)) if job.stage == "align"}
 
 
+def measured(tables: Tables, setting: str) -> dict[str, str]:
+    """The ``METRICS`` that a setting has: all but causal NDCG where no interventional preference is known."""
+    known = {*select(tables["metrics"], setting=setting)["metric"], SHARE}
+    return {metric: title for metric, title in METRICS.items() if metric in known}
+
+
 def shown_metrics(tables: Tables, setting: str) -> Frame:
     """``METRICS`` of every method in the units that are shown: split, method, metric, mean, low, high and label."""
     keys = ["split", "method", "metric", "mean", "low", "high"]
@@ -294,7 +324,9 @@ def levels(tables: Tables, setting: str) -> Frame:
 
 def difference_table(tables: Tables, setting: str, pairs: Pairs) -> Frame:
     """Each comparison in each test split as text cells: differences with intervals, Holm's p, and what they show."""
-    titles = {metric: f"{SHORT[metric]} ({metric_unit(metric, difference=True)})" for metric in METRICS}
+    titles = {
+        metric: f"{SHORT[metric]} ({metric_unit(metric, difference=True)})" for metric in measured(tables, setting)
+    }
     lines = []
     for name, pair in pairs.items():
         for split in TEST_SPLITS:
@@ -403,7 +435,8 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
         still += f", though the interval leaves out 0 before correction in: {', '.join(unsure)}"
     refuted = f", a change of ±{100 * MARGIN:.1f} % refuted in {equal.count('equivalent')}"
     others = [
-        f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}" for name, title in METRICS.items()
+        f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}"
+        for name, title in measured(tables, setting).items()
     ]
     said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}.{_ends(tables, setting, axis, known)}"
     return "\n".join([f"**Takeaway.** *{setting}, OOD test.* {said}", "", *(f"- {text}." for text in others[1:])])
@@ -426,7 +459,7 @@ def environments_sentence(tables: Tables, setting: str) -> str:
     """What the shuffled control says about the inferred environments, per metric, on the OOD test."""
     said = [
         control_sentence(change(tables, setting, "ood_test", metric, "causal_dpo", "shuffled"), f"the {title}")
-        for metric, title in METRICS.items()
+        for metric, title in measured(tables, setting).items()
     ]
     return f"*{setting}, OOD test.* {' '.join(dict.fromkeys(said))}"
 

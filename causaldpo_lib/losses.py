@@ -609,10 +609,11 @@ def preference_loss(
     Returns:
         A scalar tensor, and as floats ``margin`` (mean difference of log-ratios, or of log-probabilities without a
         reference, in nats), ``accuracy`` (share of rejected responses with an implicit reward below the chosen one's)
-        and ``chosen_logp``. With K > 1 also ``accuracy_1`` ... per rejected response, ``win_rate`` (share of prompts
-        whose chosen reward is above all) and ``margin_min`` (mean over prompts of the least margin); of beta-DPO
-        ``beta_used``, ``margin_mean``, ``margin_std``; of DMPO, S-DPO, MPPO and DynamicPO on them ``boundary_share``,
-        the share of DynamicPO's boundary among the rejected, and its ``gradient_share``, both with K > 1.
+        and ``chosen_logp``. With K > 1 also ``margin_1`` ... and ``accuracy_1`` ... per rejected response, ``win_rate``
+        (share of prompts whose chosen reward is above all) and ``margin_min`` (mean over prompts of the least margin);
+        of beta-DPO ``beta_used``, ``margin_mean``, ``margin_std``; of DMPO, S-DPO, MPPO and DynamicPO on them
+        ``boundary_share``, the share of DynamicPO's boundary among the rejected, and its ``gradient_share``, both with
+        K > 1.
 
     Raises:
         StudyError: as ``example_losses``.
@@ -624,11 +625,11 @@ def preference_loss(
         loss = (losses if weights is None else weights * losses).mean()
     metrics = _metrics(name, log_probs, options) | own
     values = torch.stack([value.float() for value in metrics.values()]).tolist()  # one transfer from the device
-    # A column of rejected responses that is empty in this batch has no accuracy.
+    # A column of rejected responses that is empty in this batch has no margin and no accuracy.
     return loss, {
         key: value
         for key, value in zip(metrics, values, strict=True)
-        if not (key.startswith("accuracy_") and math.isnan(value))
+        if not (key.rpartition("_")[2].isdigit() and math.isnan(value))
     }
 
 
@@ -644,8 +645,9 @@ def _metrics(name: str, log_probs: LogProbs, options: dict[str, object]) -> dict
         "chosen_logp": log_probs.chosen.mean(),
     }
     if mask.shape[1] > 1:
-        columns = (won & mask).sum(0) / mask.sum(0)
-        metrics |= {f"accuracy_{j}": column for j, column in enumerate(columns, start=1)}
+        for metric, values in (("margin", margins), ("accuracy", won)):
+            columns = (values * mask).sum(0) / mask.sum(0)
+            metrics |= {f"{metric}_{j}": column for j, column in enumerate(columns, start=1)}
         metrics["win_rate"] = (won | ~mask).all(-1).to(margins).mean()
         metrics["margin_min"] = margins.masked_fill(~mask, torch.inf).amin(-1).mean()
     if mask.shape[1] > 1 and name.removeprefix("dynamic_") in ("dmpo", "s_dpo", "mppo"):

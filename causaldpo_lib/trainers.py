@@ -539,8 +539,6 @@ class CausalDPOTrainer(PackedTrainer):
         if self.args.nll_weight:
             nll = -policy[:, 0].sum() / tokens[:, 0].sum()
             loss, metrics["nll"] = loss + self.args.nll_weight * nll, nll.item()
-        if self.responses > 2:
-            metrics |= _margins(log_probs)
         loss = self.checked(loss, index)
         self.record(metrics)
         return (loss, scores) if return_outputs else loss
@@ -581,14 +579,6 @@ def _smoothing(rows: Sequence[Mapping[str, Any]], loss: str, options: Mapping[st
 
 
 @torch.no_grad()
-def _margins(log_probs: LogProbs) -> dict[str, float]:
-    """``margin_1`` ...: mean difference of log-ratios, in nats, from each of several rejected responses."""
-    chosen, rejected = log_probs.log_ratios()
-    margins, mask = chosen[:, None] - rejected, log_probs.rejected_mask
-    means = (margins * mask).sum(0) / mask.sum(0)
-    return {f"margin_{j}": value for j, value in enumerate(means.tolist(), start=1) if not math.isnan(value)}
-
-
 def _interleaved(scores: ResponseScores, world: int) -> ResponseScores:
     """Scores of rows r, r + world, ... of every rank r in the order of the rows."""
     parts: list[Any] = [None] * world

@@ -11,13 +11,15 @@ import pandas as pd
 import pytest
 
 from causaldpo_lib import ablations, plots
-from causaldpo_lib.ablations import AXES, METRICS, PRIMARY, SHARE
+from causaldpo_lib.ablations import AXES, CAUSAL, METRICS, PRIMARY, SHARE
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.evaluation import MARGIN, compared
 from causaldpo_lib.study import load_study
 
 SETTING, SPLITS, SEEDS = "ml-100k-popularity", ("iid_test", "ood_test"), (1, 2, 3)
-STUDIES = [load_study(name) for name in ("ablations", "variants")]  # which share the axes between them
+STUDIES = [  # which share the axes between them
+    load_study(name) for name in ("ablations", "variants", "backdoor", "backdoor-ml-100k")
+]
 METHODS = list(dict.fromkeys(method.name for study in STUDIES for method in study.methods))
 PAIRS = list(dict.fromkeys([*compared(METHODS), *(pair for study in STUDIES for pair in study.comparisons)]))
 KNOWN = {name: given for study in STUDIES for name, given in ablations.parameters(study.name).items()}
@@ -140,7 +142,8 @@ def test_values_are_compared_within_a_line_and_across_lines(tables):
     def pairs(axis):
         return AXES[axis].pairs(ablations.members(tables, SETTING, axis, KNOWN))
 
-    path = [name for name in METHODS if name in ("causal_dpo", "shuffled") or "-mmd_weight-" in name]
+    path = [name for name in METHODS if name.split("-mmd_weight-")[0] in ("causal_dpo", "shuffled")]
+    path = [name for name in path if name in ("causal_dpo", "shuffled") or "-mmd_weight-" in name]
     assert {*pairs("lambda").values()} == {*((name, "dpo") for name in path)} | {
         (name, name.replace("causal_dpo", "shuffled"))
         for name in ("causal_dpo", "causal_dpo-mmd_weight-10.0", "causal_dpo-mmd_weight-100.0")
@@ -160,11 +163,24 @@ def test_a_row_that_the_study_does_not_know_is_refused(tables):
 
 def test_plotted_values_are_in_the_units_of_their_labels(tables):
     rows = ablations.plotted(tables, SETTING, ablations.members(tables, SETTING, "lambda", KNOWN))
-    assert list(dict.fromkeys(rows["metric"])) == list(METRICS) and len(rows) == 9 * 3 * 2
+    # No interventional preference is known here, so there is no causal NDCG.
+    assert list(dict.fromkeys(rows["metric"])) == [PRIMARY, "NDCG@10", SHARE] and len(rows) == 9 * 3 * 2
     one = rows.query("member == 'causal_dpo' and split == 'ood_test'").set_index("metric")
     assert one.loc[PRIMARY, "mean"] == pytest.approx(-7.6) and one.loc[PRIMARY, "label"] == "log p (nats)"
     assert one.loc[SHARE, "mean"] == pytest.approx(51) and one.loc[SHARE, "high"] == pytest.approx(66)
     assert one.loc["NDCG@10", "low"] == pytest.approx(1.19 - 0.3) and one.loc["NDCG@10", "label"] == "NDCG@10 (%)"
+
+
+def test_causal_ndcg_is_shown_where_the_interventional_preference_is_known(tables):
+    own = tables["metrics"][tables["metrics"]["metric"] == "NDCG@10"].assign(metric=CAUSAL)
+    known = {**tables, "metrics": pd.concat([tables["metrics"], own])}
+    assert list(ablations.measured(known, SETTING)) == [PRIMARY, CAUSAL, "NDCG@10", SHARE]
+    assert list(ablations.measured(tables, SETTING)) == [PRIMARY, "NDCG@10", SHARE]
+    for found, there in ((known, True), (tables, False)):
+        assert (CAUSAL in set(ablations.shown_metrics(found, SETTING)["metric"])) == there
+        cells = ablations.difference_table(found, SETTING, {"one": ("backdoor", "dpo")})
+        assert ("causal NDCG@10 (points)" in cells) == there
+        assert ("causal NDCG@10, both tests" in ablations.takeaway(found, SETTING, "backdoor", KNOWN)) == there
 
 
 def test_dpo_and_the_controls_stand_behind_every_panel(tables):

@@ -480,6 +480,9 @@ def test_metrics_of_several_rejected_responses():
             "margin": (2.5 / 3 - 0.8 + 1.3) / 3,
             "accuracy": (2 / 3 + 0 + 1) / 3,
             "chosen_logp": -5.5,
+            "margin_1": (0.0 - 0.7) / 2,
+            "margin_2": (1.0 - 0.9 + 1.3) / 3,
+            "margin_3": 1.5,
             "accuracy_1": 0.0,
             "accuracy_2": 2 / 3,
             "accuracy_3": 1.0,
@@ -489,10 +492,10 @@ def test_metrics_of_several_rejected_responses():
     )
 
 
-def test_a_column_without_responses_has_no_accuracy_but_a_broken_model_shows():
+def test_a_column_without_responses_has_no_metrics_but_a_broken_model_shows():
     mask = torch.tensor([[True, False, True]] * 3)
     _, metrics = preference_loss("dpo", replace(toy(), rejected_mask=mask))
-    assert "accuracy_2" not in metrics and {"accuracy_1", "accuracy_3"} <= set(metrics)
+    assert not {"margin_2", "accuracy_2"} & set(metrics) and {"margin_1", "accuracy_3"} <= set(metrics)
     loss, metrics = preference_loss("dpo", replace(toy(), chosen=torch.full((3,), math.nan)))
     assert math.isnan(loss) and math.isnan(metrics["margin"])
 
