@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -96,16 +97,21 @@ def load_checkpoint(
     """A causal language model and its tokenizer on the default device; "auto" is the precision it was saved in.
 
     Raises:
-        StudyError: nothing loadable is there, or the tokenizer has no end-of-sequence token.
+        StudyError: nothing loadable is there, weights are missing, or the tokenizer has no end-of-sequence token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    except (OSError, ValueError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StudyError(
             f"no causal language model could be loaded from {str(name_or_path)!r}: give 'tiny', a folder in Hugging "
             f"Face format or a hub name that is reachable ({str(error).splitlines()[0]})"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise StudyError(
+            f"{str(name_or_path)!r} has no weights for {missing[0]} ({len(missing)} missing), which would be random: "
+            "save the checkpoint again, whole"
+        )
     if tokenizer.eos_token_id is None:
         raise StudyError(f"the tokenizer of {str(name_or_path)!r} has no end-of-sequence token to close responses with")
     if tokenizer.pad_token_id is None:

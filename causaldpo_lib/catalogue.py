@@ -138,13 +138,16 @@ def read_catalogue(folder: str | Path) -> pd.DataFrame:
     """The table (``item``, ``title``) of a checkpoint folder; ids are numbers only if all of them are written as such.
 
     Raises:
-        StudyError: the folder has no catalogue.
+        StudyError: the folder has no catalogue, or one without these columns.
     """
     file = Path(folder) / CATALOGUE_FILE
     if not file.exists():
         raise StudyError(f"{file} does not exist: give a checkpoint folder written by the study's training notebooks")
     # Titles such as 1984 or NA, and ids such as 0195153448, are texts.
-    items = pd.read_csv(file, dtype=str, keep_default_na=False)
+    try:
+        items = pd.read_csv(file, dtype=str, keep_default_na=False)[["item", "title"]]
+    except (KeyError, ValueError) as error:  # pandas' own errors of empty and ragged files are ValueErrors
+        raise StudyError(f"{file} is no table of item and title: write the checkpoint again ({error})") from error
     numbers = pd.to_numeric(items["item"], errors="coerce")
     if numbers.notna().all() and (numbers.astype("int64").astype(str) == items["item"]).all():
         items["item"] = numbers.astype("int64")

@@ -102,7 +102,8 @@ def check_finite(scores: Tensor) -> None:
 
 
 def check_exact(model: nn.Module, prompt: Sequence[int], response: Sequence[int], pad_id: int) -> None:
-    """Refuse a model that does not take masks and positions as they are used here, such as one with ALiBi.
+    """Refuse a model that does not take masks and positions as they are used here, such as one with ALiBi, or whose
+    output layer does not give its logits, such as Cohere's and Granite's, which scale them.
 
     Scores ``response`` beside another one behind a padded part of ``prompt``, and again in a forward pass of its own.
 
@@ -125,8 +126,8 @@ def check_exact(model: nn.Module, prompt: Sequence[int], response: Sequence[int]
         found, problem = float("inf"), str(error)
     if abs(found - expected) > abs(expected) * (1e-3 if reading.mask.dtype == torch.float32 else 0.1):
         raise StudyError(
-            f"{type(model).__name__} does not take the masks by which titles share a prompt ({problem}): choose a "
-            "backbone with rotary or learned positions"
+            f"{type(model).__name__} does not take the masks by which titles share a prompt, or rescales its logits "
+            f"({problem}): choose a backbone with rotary or learned positions and plain logits"
         )
 
 

@@ -103,9 +103,14 @@ class EnvironmentInference:
         """Find the environments' centres from ``states`` (N, d).
 
         Raises:
-            StudyError: fewer than two distinct states, so that nothing can be clustered.
+            StudyError: fewer than two distinct states, so that nothing can be clustered, or states that are no numbers.
         """
         states = np.asarray(torch.as_tensor(states).float().cpu(), dtype=np.float64)
+        if not (finite := np.isfinite(states).all(axis=1)).all():
+            raise StudyError(
+                f"the states of {(~finite).sum()} prompts, first of row {int(np.argmin(finite))}, are not numbers: the "
+                "reference model's weights are damaged or its training diverged"
+            )
         if len(states) < 2 or np.ptp(states, axis=0).max() == 0:
             raise StudyError(
                 f"all {len(states)} prompt states are identical: environments cannot be inferred from them (was the "

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from causaldpo_lib.decoding import check_finite, read_prompts
+from causaldpo_lib.decoding import check_exact, check_finite, read_prompts
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.grounding import Encoder, last_states, squeezed
 from causaldpo_lib.packing import decoder_and_head
@@ -271,6 +271,8 @@ def generate_knowledge(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     encoded = encode_prompts(tokenizer, list(prompts), context - max_new_tokens)
+    if encoded:
+        check_exact(model, encoded[0], [encoded[0][-1], tokenizer.eos_token_id], tokenizer.pad_token_id)
     found = Generated([], 0, 0)
     for number, first in enumerate(range(0, len(encoded), batch_size)):
         generator = torch.Generator(device).manual_seed(

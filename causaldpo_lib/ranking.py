@@ -132,8 +132,11 @@ def rank_beam(
     :math:`(1 - w) \log\pi_C(y|x) + w \log p_{assistant}(y)`. ``target_logp`` stays the model's own.
 
     Raises:
-        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights.
+        StudyError: k < 1, a target or masked item that is not in the catalogue, too few titles left, damaged weights;
+            an ``assistant_weight`` outside 0 <= w < 1.
     """
+    if not 0 <= assistant_weight < 1:
+        raise StudyError(f"assistant_weight is {assistant_weight}: give the assistant's share, 0 or more and below 1")
     task = _Task.build(model, tokenizer, catalogue, prompts, targets, k, masked, mixture)
     result = task.empty_lists()
     rank = np.full(len(prompts), len(catalogue.items))
@@ -367,7 +370,7 @@ def rank_scores(
                 raise StudyError(f"the masked item {unknown!r} is not in the catalogue: mask only items that it holds")
             scores[row, hidden] = MINUS_INFINITY
     size = min(k, len(items))
-    rank = (scores >= own).sum(axis=1) - 1
+    rank = scores.shape[1] - 1 - (scores < own).sum(axis=1)  # ties and what is no number stand before the target
     rank[np.isneginf(np.take_along_axis(scores, places[:, None], axis=1)[:, 0])] = len(items)
     order = (-scores).argsort(axis=1, kind="stable")[:, :size]
     left = (scores > MINUS_INFINITY).sum(axis=1).min(initial=size)

@@ -17,6 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from causaldpo_lib.errors import StudyError
+
 PACKAGE = Path(__file__).resolve().parent
 # These carry messages, folders and parameters, never a number of a result.
 PLUMBING = ("", "costs", "errors", "parameters", "paths", "pipeline", "records", "run", "sources", "study", "workflow")
@@ -99,9 +101,16 @@ def _file(name: str) -> Path:
 
 
 def _read(text: str) -> _Code:
+    """Take a module's text apart.
+
+    Raises:
+        StudyError: an import of this library in a form that is not followed, so that a digest would not see it change.
+    """
     code = _Code(ast.parse(text))
     for node in ast.walk(code.tree):
         _drop_docstring(node)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise StudyError(f"line {node.lineno}: a relative import is not followed: import from {PACKAGE.name}")
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             module = (node.module or "").partition(".")[2]
             for alias in node.names:
@@ -110,6 +119,10 @@ def _read(text: str) -> _Code:
                 code.imports[alias.asname or alias.name] = (inner, "") if is_module else (module, alias.name)
         elif isinstance(node, ast.Import):
             for alias in node.names:
+                if alias.name.startswith(f"{PACKAGE.name}.") and not alias.asname:
+                    raise StudyError(
+                        f"line {node.lineno}: import {alias.name} is not followed: give it a name with `as`"
+                    )
                 if alias.name.split(".")[0] == PACKAGE.name:
                     code.imports[alias.asname or PACKAGE.name] = (alias.name.partition(".")[2], "")
     for node in code.tree.body:

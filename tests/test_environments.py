@@ -104,6 +104,13 @@ def test_identical_states_are_refused():
         EnvironmentInference().memberships(torch.ones(10, 4))
 
 
+def test_states_that_are_no_numbers_are_refused_by_their_row():
+    states = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    states[[7, 9], 1] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(StudyError, match="the states of 2 prompts, first of row 7, are not numbers"):
+        EnvironmentInference().fit(states)
+
+
 def test_knee_of_a_bent_curve():
     assert knee(np.concatenate([np.linspace(0, 1, 90), np.linspace(1, 20, 10)])) == pytest.approx(1.0, abs=0.2)
     assert knee(np.full(5, 2.0)) == 2.0

@@ -37,6 +37,18 @@ def pretrained(request, tmp_path_factory):
     return load_checkpoint(folder, dtype=torch.float32)
 
 
+def test_a_model_whose_texts_would_come_from_other_logits_is_refused():
+    from transformers import CohereConfig, CohereForCausalLM
+
+    tokenizer = train_tokenizer(TITLES)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = CohereForCausalLM(CohereConfig(vocab_size=len(tokenizer), logit_scale=1 / 16, **shape))
+    with pytest.raises(StudyError, match="rescales its logits"):
+        knowledge.generate_knowledge(
+            *(model, tokenizer, PROMPTS, 2), temperature=1.0, max_new_tokens=8, batch_size=4, seed=0, context=256
+        )
+
+
 # --- factors, prompts, summaries ---
 
 

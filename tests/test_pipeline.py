@@ -398,6 +398,22 @@ def test_a_module_that_is_handed_on_counts_as_a_whole(package):
     assert edited(package, "b", "return 0", "return 1")
 
 
+@pytest.mark.parametrize(
+    ("imports", "says"),
+    [
+        ("from . import b", "line 1: a relative import"),
+        ("from .b import used", "line 1: a relative import"),
+        ("def f():\n    import causaldpo_lib.b", "line 2: import causaldpo_lib.b"),
+    ],
+)
+def test_an_import_that_no_digest_would_follow_is_refused(package, imports, says):
+    library(package, e=f"{imports}\ndef start():\n    return 1\n")
+    with pytest.raises(StudyError, match=says):
+        sources.function_digest("e", "start")
+    library(package, e="import causaldpo_lib.b as b\ndef start():\n    return b.used(1)\n")
+    assert ("b", "used") in sources.reached([("e", "start")])
+
+
 def test_fields_that_another_python_adds_do_not_count(package, monkeypatch):
     before = sources.function_digest("a", "start")
     for kind in (ast.FunctionDef, ast.Call):

@@ -290,6 +290,15 @@ def test_models_that_do_not_take_masks_and_positions_are_refused(name, catalogue
         RANKERS[name](deaf, *arguments)
 
 
+def test_models_that_rescale_their_logits_are_refused_and_why(catalogue, tiny, rows):
+    from transformers import CohereConfig, CohereForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    cohere = CohereForCausalLM(CohereConfig(vocab_size=len(tiny[1]), logit_scale=1 / 16, **shape))
+    with pytest.raises(StudyError, match=r"CohereForCausalLM does not take .* or rescales its logits"):
+        RANKERS["beam"](cohere, tiny[1], catalogue, [rows[0]["prompt"]], [10], 4, 4)
+
+
 # --- mixtures over environments ---
 
 
@@ -482,6 +491,14 @@ def test_an_assisted_beam_finds_the_products_order(untied, tiny, catalogue, rows
     np.testing.assert_array_equal(unmixed.items, alone.items)
 
 
+@pytest.mark.parametrize("weight", [-0.1, 1.0, 1.5])
+def test_an_assistants_weight_outside_its_range_is_refused(weight, tiny, catalogue, rows):
+    with pytest.raises(StudyError, match=f"assistant_weight is {weight}: give the assistant's share"):
+        RANKERS["beam"](
+            *(*tiny, catalogue, [rows[0]["prompt"]], [10], 4, 4), assistant=np.zeros((1, 12)), assistant_weight=weight
+        )
+
+
 # --- scores that are there already ---
 
 
@@ -494,6 +511,8 @@ def test_given_scores_are_ranked_by_the_same_rules():
     assert found.target_logp == pytest.approx(np.log([0.4, 0.1]))
     masked = rank_scores(logps, items, np.array(["b", "d"]), 2, [["b"], ["a", "b"]])
     assert masked.items.tolist() == [["c", "a"], ["c", "d"]] and masked.rank.tolist() == [4, 1]
+    broken = np.where(items == "d", np.nan, logps)
+    assert rank_scores(broken, items, np.array(["d", "d"]), 3).rank.tolist() == [3, 3]  # no number is no hit
     with pytest.raises(StudyError, match=r"target item .*x"):
         rank_scores(logps, items, np.array(["b", "x"]), 3)
     with pytest.raises(StudyError, match="masking leaves 2 titles"):
