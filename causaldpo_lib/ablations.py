@@ -229,8 +229,8 @@ AXES: dict[str, Axis] = {
     "backbones": Choice(
         "Backbones of two sizes (Table 9)",
         {
-            f"sft-{SMALL}": "SFT, small",
-            f"causal_dpo-{SMALL}": "CausalDPO, small",
+            f"sft-{SMALL}": "SFT, smaller",
+            f"causal_dpo-{SMALL}": "CausalDPO, smaller",
             "sft": "SFT, tiny",
             "causal_dpo": "CausalDPO, tiny",
         },
@@ -450,7 +450,11 @@ def _ends(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
     if not off or not {"sft", off} <= set(means.index):
         return ""
     last = rows[(rows["value"] == rows["value"].max()) & (rows["method"] != off)]
-    ends = [f"{look(row.method).label} {means[row.member]:.2f}" for row in last.itertuples()]
+    ends = []
+    for row in last.itertuples():
+        found = change(tables, setting, "ood_test", PRIMARY, row.member, "sft")
+        against = f" ({found.size} against SFT)" if found else ""
+        ends.append(f"{look(row.method).label} {means[row.member]:.2f}{against}")
     start = [f"SFT, where it starts, {means['sft']:.2f}", f"{look(off).label} {means[off]:.2f} nats"]
     return f" At {last['value'].iloc[0]:g}: {', '.join(ends)}; {', '.join(start)}."
 
@@ -474,7 +478,7 @@ def sizes(tables: Tables, setting: str) -> str:
     if len(counts) < 2:
         return ""
     small, own = counts[f"sft-{SMALL}"], counts["sft"]
-    return f"*{setting}: tiny has {own / 1e6:.2f} million parameters, small {small / 1e6:.2f} million.*"
+    return f"*{setting}: tiny has {own / 1e6:.2f} million parameters, the smaller one {small / 1e6:.2f} million.*"
 
 
 # --- selection ---
@@ -579,30 +583,29 @@ def ranges(tables: Tables, setting: str, split: str, known: Parameters) -> Frame
 
 
 def verdict(tables: Tables, known: Parameters) -> str:
-    """Over all axes, settings and tests: what moves the primary metric, and where the environments stand in that."""
+    """Per setting a table of how many comparisons on each axis move the primary metric, and what moves it farthest."""
     said = []
     for setting in settings(tables):
-        moved, still, count = [], [], 0
+        lines = []
         for axis, about in AXES.items():
             pairs = about.pairs(members(tables, setting, axis, known))
             tested = [change(tables, setting, "ood_test", PRIMARY, *pair) for pair in pairs.values()]
             tested = [each for each in tested if each]
-            count += len(tested)
             if tested:
-                some = sum(each.word != NOTHING for each in tested)
-                unsure = sum(each.open for each in tested)
-                counted = f" ({some} of {len(tested)})" * bool(some) + f" ({unsure} before correction)" * bool(unsure)
-                (moved if some else still).append(about.title + counted)
-        if not count:
-            said.append(f"- *{setting}*: nothing on these axes was compared.")
+                line = {"axis": about.title, "detected": sum(each.word != NOTHING for each in tested)}
+                line |= {"only before correction": sum(each.open for each in tested), "comparisons": len(tested)}
+                lines.append(line)
+        if not lines:
+            said.append(f"*{setting}*: nothing on these axes was compared.")
             continue
+        rows = pd.DataFrame(lines).sort_values("detected", ascending=False, kind="stable")
         wide = ranges(tables, setting, "ood_test", known)
         widest = wide.iloc[0]
         control = change(tables, setting, "ood_test", PRIMARY, "causal_dpo", "shuffled")
         inferred = f" Inferred against shuffled environments: {control.word} ({control.size})." if control else ""
         said.append(
-            f"- *{setting}*, OOD test, log-probability of the target: of {count} comparisons detected changes in "
-            f"{'; '.join(moved) or 'none'}{'; none in ' * bool(still)}{'; '.join(still)}. The means lie farthest "
-            f"apart along: {widest['name']}, {widest['high'] - widest['low']:.2f} nats (untested).{inferred}"
+            f"**Takeaway.** *{setting}*, OOD test, log-probability of the target: of {rows['comparisons'].sum()} "
+            f"comparisons {rows['detected'].sum()} detect a change. The means lie farthest apart along: "
+            f"{widest['name']}, {widest['high'] - widest['low']:.2f} nats (untested).{inferred}\n\n{markdown(rows)}"
         )
-    return "\n".join(["**Takeaway.**", "", *said])
+    return "\n\n".join(said)

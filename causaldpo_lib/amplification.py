@@ -23,7 +23,7 @@ from causaldpo_lib.pipeline import declared
 from causaldpo_lib.plots import SPLITS, look
 from causaldpo_lib.study import Setting, Study, load_study
 from causaldpo_lib.tables import TEST_SPLITS, Tables, settings
-from causaldpo_lib.takeaways import change
+from causaldpo_lib.takeaways import BELOW, change
 
 Frame = pd.DataFrame
 STEPS = (  # what the alignment changes, and what is changed about it
@@ -84,18 +84,20 @@ def share_changes(studies: Mapping[str, Tables], group: str = "G1", grouping: st
 
 
 def _where(rows: Frame) -> str:
-    return ", ".join(f"{r.setting} ({r.mean:+.1f} [{r.low:+.1f}, {r.high:+.1f}])" for r in rows.itertuples()) or "none"
+    below = [BELOW * (BELOW in size) for size in rows["size"]]
+    sizes = [f"{r.mean:+.1f} [{r.low:+.1f}, {r.high:+.1f}]" for r in rows.itertuples()]
+    return ", ".join(f"{name} ({size}{end})" for name, size, end in zip(rows["setting"], sizes, below, strict=True))
 
 
 def _counted(rows: Frame) -> str:
     """In how many settings a step raised, lowered or left a share, with the sizes of what was detected."""
     if rows.empty:
         return ""
-    raised, lowered = rows[rows["word"] == "raised"], rows[rows["word"] == "lowered"]
-    return (
-        f"raised in {len(raised)} of {len(rows)} settings ({_where(raised)}), lowered in {len(lowered)} "
-        f"({_where(lowered)}), no detectable change in the rest."
-    )
+    said = []
+    for word in ("raised", "lowered"):
+        found = rows[rows["word"] == word]
+        said.append(f"{word} in {len(found)} ({_where(found)})" if len(found) else f"{word} in none")
+    return f"of {len(rows)} settings {', '.join(said)}, no detectable change in the rest."
 
 
 def causes_takeaway(changes: Frame, split: str = "ood_test") -> str:
@@ -106,9 +108,9 @@ def causes_takeaway(changes: Frame, split: str = "ood_test") -> str:
     )
     answers = {
         "Amplification, DPO with uniform negatives against SFT": _counted(uniform),
-        "A confounder behind it": strength_sentence(uniform),
+        "Does a confounder add to it": strength_sentence(uniform),
         "The negatives, popularity-proportional ones against SFT": _counted(popular),
-        "A confounder behind that": strength_sentence(popular),
+        "Does a confounder add to that": strength_sentence(popular),
         "CausalDPO against DPO": _counted(causal),
         "Its shuffled control against DPO": _counted(shuffled),
     }
@@ -134,8 +136,8 @@ def strength_sentence(rows: Frame) -> str:
     difference = most["mean"] - least["mean"]
     reach = np.hypot(least["high"] - least["low"], most["high"] - most["low"]) / 2
     return (
-        f"{first}; at strength {most['strength']:g} {most['size']}; that is {difference:+.1f} "
-        f"[{difference - reach:+.1f}, {difference + reach:+.1f}] points by confounding."
+        f"{first}; at strength {most['strength']:g} {most['size']}; confounding so adds {difference:+.1f} points "
+        f"[{difference - reach:+.1f}, {difference + reach:+.1f}]."
     )
 
 

@@ -444,10 +444,12 @@ def side_by_side_takeaway(found: Frame) -> str:
     counts = found["direction"].value_counts()
     agree = ((found["paper"] > 0) == (found["difference"] > 0)).sum()
     said = ", ".join(f"{counts.get(word, 0)} {word}" for word in ("same", "opposite", "undecided"))
-    inside = ((found["low"] <= found["paper"]) & (found["paper"] <= found["high"])).sum()
+    within = (found["low"] <= found["paper"]) & (found["paper"] <= found["high"])
+    gains = within[(found["method"] == "causal_dpo") & (found["paper"] > 0)]
     return (
         f"**Takeaway.** Of {len(found)} differences under shift, directions: {said}. The bare signs agree in {agree}; "
-        f"the paper's relative difference lies inside this study's interval in {inside}. Undecided means that these "
-        "data allow both directions; outside the interval, that they exclude an effect of the printed size - on "
-        "other data than the paper's."
+        f"the paper's relative difference lies inside this study's interval in {within.sum()}. Of {len(gains)} printed "
+        f"gains of CausalDPO, {(~gains).sum()} lie outside. Undecided means that these data allow both directions; "
+        "outside the interval, that they exclude an effect of the printed size - on other data and backbones than the "
+        "paper's."
     )

@@ -201,10 +201,11 @@ def _sentences(panel: Panel, found: Frame) -> str:
         _order(panel, rows),
     ]
     if len(known := open_.dropna()):
+        paper, reach, number = known["paper"], known["half_width"], len(known)
         said.append(
-            f"Of {OURS}'s {NDCG}, the undecided printed differences are {known['paper'].median():.0f} % there and the "
-            f"half-widths of this study's intervals {known['half_width'].median():.0f} % here, in the median; in "
-            f"{(known['half_width'] > known['paper']).sum()} of {len(known)} the half-width is larger."
+            f"Undecided, in percent of {OURS}'s {NDCG}: the median printed difference is {paper.median():.0f} %, the "
+            f"median half-width of the intervals here {reach.median():.0f} %; in {(reach > paper).sum()} of {number} "
+            "the interval is too wide to see a difference of the printed size."
         )
     for text, names in (
         ("Without a paired difference here", by["untested"]),

@@ -444,8 +444,8 @@ SELECTION = {
 def select(rows: Frame, rule: str) -> dict[str, str]:
     """Per setting the candidate that a named rule chooses among the methods in ``rows``; the first of equals.
 
-    Invariance lowers the fit to the training environments, so selection on IID validation favours its absence; the
-    whole path is shown beside a selection, and ``oracle_ood`` only as a labelled extra.
+    Invariance can lower the fit to the training environments, and selection on IID validation would then favour its
+    absence; so the whole path is shown beside a selection, and ``oracle_ood`` only as a labelled extra.
 
     Args:
         rows: columns setting, split, method, metric, mean; floors are no candidates.

@@ -20,8 +20,8 @@ from causaldpo_lib.records import shown
 from causaldpo_lib.tables import Tables
 from causaldpo_lib.takeaways import CLAIMS, HYPOTHESES, Claim, claim_table
 
-# The comparisons that decide most: does alignment amplify, do environments matter, does the proposal help, and is it
-# environments that help?
+# The comparisons that decide most: does alignment amplify, do environments matter, does the proposal help, more than no
+# alignment would, and is it environments that help?
 DECISIVE = tuple(
     claim
     for claim in (*CLAIMS, *HYPOTHESES)
@@ -30,6 +30,7 @@ DECISIVE = tuple(
         (share_metric("mass", "G1"), "dpo", "sft"),
         ("target_logp", "causal_dpo", "shuffled"),
         ("target_logp", "causal_negatives", "dpo"),
+        ("target_logp", "causal_negatives", "sft"),
         ("target_logp", "causal_negatives", "popularity_negatives"),
     )
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ Frame = pd.DataFrame
 Pairs = Mapping[str, tuple[str, str]]  # what is compared, in words, to method and baseline
 LEVEL = 0.05  # of a claim, after Holm's correction
 NOTHING = "no detectable change"
+BELOW = ", below the margin"  # of what is detected, and shown to be too small to matter
 ALIGNED = (("dpo", "sft"), ("causal_dpo", "dpo"), ("shuffled", "dpo"))  # what each step changes
 
 
@@ -59,6 +60,12 @@ class Change(NamedTuple):
     low: float
     high: float
     p_holm: float
+    p_equivalent: float = np.nan  # of the equivalence tests, corrected; NaN where the tables have none
+
+    @property
+    def equivalent(self) -> bool:
+        """Whether a difference of the margin is refuted, whatever its sign (``stats.outcome``)."""
+        return outcome(self.p_holm, self.p_equivalent) == "equivalent"
 
     @property
     def word(self) -> str:
@@ -72,11 +79,15 @@ class Change(NamedTuple):
 
     @property
     def size(self) -> str:
-        """The difference with its interval, signed, in points or nats, and the corrected p-value."""
+        """The difference with its interval, signed, in points or nats, and the corrected p-value.
+
+        A difference that is detected and yet equivalent is said to be below the margin.
+        """
         scale = metric_scale(self.metric)
         mean, low, high = (f"{scale * x:+.2f}" for x in (self.difference, self.low, self.high))
         ends = "no interval" if np.isnan(self.low) else f"[{low}, {high}]"
-        return f"{mean} {metric_unit(self.metric, difference=True)} {ends}, p {_p(self.p_holm, '= ')}"
+        small = BELOW if self.equivalent and self.word != NOTHING else ""
+        return f"{mean} {metric_unit(self.metric, difference=True)} {ends}, p {_p(self.p_holm, '= ')}{small}"
 
     def sentence(self, what: str) -> str:
         """``DPO raised <what> against SFT (+3.10 points [...])``, without a full stop."""
@@ -91,10 +102,15 @@ def change(tables: Tables, setting: str, split: str, metric: str, method: str, b
     rows = select(tables["paired"], setting=setting, split=split, metric=metric)
     this, other = rows["method"], rows["baseline"]
     for row in rows[(this == method) & (other == baseline)].itertuples():
-        return Change(metric, method, baseline, row.difference, row.low, row.high, row.p_holm)
+        return Change(metric, method, baseline, row.difference, row.low, row.high, row.p_holm, _equivalent(row))
     for row in rows[(this == baseline) & (other == method)].itertuples():
-        return Change(metric, method, baseline, -row.difference, -row.high, -row.low, row.p_holm)
+        return Change(metric, method, baseline, -row.difference, -row.high, -row.low, row.p_holm, _equivalent(row))
     return None
+
+
+def _equivalent(row: Any) -> float:
+    """The corrected p-value of a row's equivalence tests, NaN where there are none."""
+    return getattr(row, "p_equivalent_holm", np.nan)
 
 
 def equivalence(tables: Tables, setting: str, split: str, metric: str, method: str, baseline: str) -> str | None:
@@ -122,9 +138,11 @@ def answers(tables: Tables, setting: str, split: str, metric: str, pairs: Pairs)
     """Of each pair: ``raised``, ``lowered`` or no detectable change, its size, and if the margin is refuted."""
     said = []
     for name, pair in pairs.items():
-        key = (tables, setting, split, metric, *pair)
-        found, margin = change(*key), f"; ±{100 * MARGIN:.1f} % refuted" * (equivalence(*key) == "equivalent")
-        said.append(f"{name}: {found.word} ({found.size}{margin})" if found else f"{name}: not compared")
+        if (found := change(tables, setting, split, metric, *pair)) is None:
+            said.append(f"{name}: not compared")
+            continue
+        refuted = found.equivalent and found.word == NOTHING  # else its size says so
+        said.append(f"{name}: {found.word} ({found.size}{f'; ±{100 * MARGIN:.1f} % refuted' * refuted})")
     return "; ".join(said)
 
 
@@ -154,7 +172,7 @@ def equivalence_sentence(tables: Tables, setting: str, split: str, metric: str, 
     for method, baseline in pairs:
         word = equivalence(tables, setting, split, metric, method, baseline)
         detected = change(tables, setting, split, metric, method, baseline)
-        if word == "equivalent" and detected.word != NOTHING:
+        if detected and BELOW in detected.size:
             word += " (a detected difference below the margin)"
         said += [f"{look(method).label} and {look(baseline).label} {word}"] if word else []
     return f"Against a margin of ±{100 * MARGIN:.1f} %, in {what}: {', '.join(said)}." if said else ""
@@ -207,9 +225,10 @@ def control_sentence(control: Change | None, what: str) -> str:
             f"CausalDPO and its control with shuffled memberships cannot be told apart in {what} "
             f"({control.size}), so no effect of the inferred environments is shown here."
         )
+    end = ", too small to matter by that margin" if control.equivalent else ""
     return (
         f"With the inferred environments {what} is {'higher' if control.word == 'raised' else 'lower'} than "
-        f"with shuffled memberships ({control.size}): the environments themselves make this difference."
+        f"with shuffled memberships ({control.size}): the environments themselves make this difference{end}."
     )
 
 
@@ -484,6 +503,14 @@ HYPOTHESES = (
         ("ood_test",),
     ),
     Claim(
+        "Causal negatives fit the targets better than SFT, where they start, under shift",
+        "target_logp",
+        "causal_negatives",
+        "sft",
+        1,
+        ("ood_test",),
+    ),
+    Claim(
         "Causal negatives rank better than uniform ones under shift",
         "NDCG@10",
         "causal_negatives",
@@ -537,8 +564,8 @@ HYPOTHESES = (
 def claim_table(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> Frame:
     """Every claim wherever it can be tested: reproduced, contradicted, not detected or equivalent.
 
-    The first two are about direction. ``equivalent``: a change of the margin is refuted, detected or not, as
-    ``stats.outcome`` has it.
+    The first two are about direction. ``equivalent``: a change of the margin is refuted, as ``stats.outcome`` has it;
+    it takes precedence over a direction, and the difference then says that it is below the margin.
     """
     lines = []
     for claim in claims:
@@ -548,7 +575,7 @@ def claim_table(tables: Tables, claims: Sequence[Claim] = CLAIMS) -> Frame:
                 if found is None:
                     continue
                 word = "not detected"
-                if equivalence(tables, setting, split, *claim[1:4]) == "equivalent":
+                if found.equivalent:
                     word = "equivalent"
                 elif found.word != NOTHING:
                     word = "reproduced" if (found.word == "raised") == (claim.sign > 0) else "contradicted"

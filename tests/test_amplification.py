@@ -75,14 +75,19 @@ def test_changes_are_in_points_and_a_setting_of_two_studies_is_that_of_the_first
 @pytest.mark.parametrize(
     ("none", "strong", "says", "not_said"),
     [
-        (UP, UP, ["needs no confounder", "raised in 3 of 3", "that is +0.0 [-7.1, +7.1] points by"], ["lowered in 1"]),
+        (
+            UP,
+            UP,
+            ["needs no confounder", "of 3 settings raised in 3 (", "so adds +0.0 points [-7.1, +7.1]"],
+            ["lowered in 1"],
+        ),
         (
             DOWN,
             UP,
-            ["raised in 2 of 3", "lowered in 1 (simulated-none (-10.0", "is +20.0 [+12.9, +27.1]"],
+            ["raised in 2 (", "lowered in 1 (simulated-none (-10.0", "so adds +20.0 points [+12.9, +27.1]"],
             ["needs no"],
         ),
-        (NOTHING, NOTHING, ["raised in 1 of 3", "lowered in 0 (none)", "without any confounding"], ["needs no"]),
+        (NOTHING, NOTHING, ["raised in 1 (a", "lowered in none", "without any confounding"], ["needs no"]),
     ],
 )
 def test_the_cause_is_read_off_the_setting_without_confounding(none, strong, says, not_said):
@@ -104,8 +109,8 @@ def test_the_takeaway_answers_for_causaldpo_and_its_control():
     more = [paired.assign(method=method, baseline="dpo") for method in ("causal_dpo", "shuffled")]
     studies["one"]["paired"] = pd.concat([paired, *more])
     said = amplification.causes_takeaway(amplification.share_changes(studies)).splitlines()
-    assert said[3].startswith("- CausalDPO against DPO: raised in 1 of 1 settings (a (+10.0")
-    assert said[4].startswith("- Its shuffled control against DPO: raised in 1 of 1") and len(said) == 5
+    assert said[3].startswith("- CausalDPO against DPO: of 1 settings raised in 1 (a (+10.0")
+    assert said[4].startswith("- Its shuffled control against DPO: of 1 settings raised in 1") and len(said) == 5
     assert amplification.changes_caption(amplification.share_changes({"other": tables(a=[UP])})).endswith("users.*")
 
 

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 from fabricated import setting
 
-from causaldpo_lib import readme, survey, tables
+from causaldpo_lib import ablations, readme, survey, tables
 from causaldpo_lib.book import in_order
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import FIGURES, ROOT
-from causaldpo_lib.takeaways import change
+from causaldpo_lib.takeaways import NOTHING, change
 
 
 def test_readme_is_what_the_tracked_tables_give():
@@ -89,5 +89,15 @@ def test_what_the_readme_says_without_numbers_is_so():
     plain = {"sft", "sasrec", "sasrec_bce", "bigrec", "rw", "d3", "random", "popular"}
     aligned = level[[name for name in level.index if name not in plain]]
     assert (aligned < level["random"]).mean() > 0.5
+    assert "DPO has beta 0.1 there and CausalDPO beta 2, and with its lambda of 0.001 the penalty changes nothing" in text
+    own = ablations.parameters("published")
+    assert [own[name]["loss_options"]["beta"] for name in ("dpo", "causal_dpo")] == [0.1, 2.0]
+    assert own["causal_dpo"]["mmd_weight"] == 0.001
+    path = tables.read(FIGURES / "ablations")
+    weak = change(path, "ml-100k-popularity", "ood_test", "target_logp", "causal_dpo-mmd_weight-0.001", "dpo")
+    assert weak.equivalent and weak.word == NOTHING
+    assert "Most gains of log p over DPO, of any method, are a way back to SFT" in text
+    higher = [name for name in aligned.index if level[name] > level["dpo"]]
+    assert sum(level[name] < level["sft"] for name in higher) > 0.5 * len(higher)
     assert "sees no shift in book-crossing-exposure" in text
     assert "**book-crossing-exposure**: no shift" in survey.kinds_text(survey.read(FIGURES / "datasets"))

@@ -93,7 +93,7 @@ def test_shares_takeaway_follows_the_numbers(numbers, says):
 def test_a_turned_difference_keeps_its_p_and_a_missing_one_is_none():
     tables = made_up({("HR@10", "dpo", "sft"): (0.1, 0.05, 0.16, 0.006)})
     found = takeaways.change(tables, "made-up", "ood_test", "HR@10", "sft", "dpo")
-    assert found == ("HR@10", "sft", "dpo", -0.1, -0.16, -0.05, 0.006) and found.word == "lowered"
+    assert found[:7] == ("HR@10", "sft", "dpo", -0.1, -0.16, -0.05, 0.006) and found.word == "lowered"
     assert takeaways.change(tables, "made-up", "ood_test", "HR@10", "sft", "shuffled") is None
 
 
@@ -103,6 +103,19 @@ def test_a_turned_difference_keeps_its_p_and_a_missing_one_is_none():
 def test_the_control_decides_about_the_environments(numbers, says):
     tables = made_up({(share_metric("mass", "G1"), "causal_dpo", "shuffled"): numbers})
     assert says in takeaways.shares_takeaway(tables, "made-up", "ood_test").split("\n")[0]
+
+
+def test_what_is_detected_below_the_margin_says_so():
+    key = (share_metric("mass", "G1"), "causal_dpo", "shuffled")
+    tables = made_up({key: UP})
+    small = {**tables, "paired": tables["paired"].assign(p_equivalent_holm=0.01)}
+    for found, below in ((tables, False), (small, True)):
+        difference = takeaways.change(found, "made-up", "ood_test", *key)
+        assert difference.word == "raised" and (takeaways.BELOW in difference.size) == difference.equivalent == below
+        said = takeaways.control_sentence(difference, "the share of G1")
+        assert ("too small to matter by that margin" in said) == below
+    nothing = {**made_up(), "paired": made_up()["paired"].assign(p_equivalent_holm=0.01)}
+    assert takeaways.BELOW not in takeaways.change(nothing, "made-up", "ood_test", *key).size
 
 
 def test_takeaways_say_what_was_not_compared():

@@ -41,6 +41,8 @@ def tables(iid, ood=None, setting="s", method="a", baseline="b", p_equivalent=1.
         (["reproduced", "reproduced"], "supported"),
         (["reproduced", "not detected"], "supported in part"),
         (["reproduced", "equivalent"], "supported in part"),
+        (["reproduced", *["not detected"] * 4], "supported in part"),
+        (["reproduced", *["not detected"] * 5], "isolated support"),
         (["reproduced", "contradicted", "equivalent"], "mixed"),
         (["contradicted", "not detected"], "not supported"),
         (["equivalent", "not detected"], "not supported"),
