@@ -137,13 +137,16 @@ def causal_loss(
         With weight 0 the penalty is in these but not in the graph: the gradient is then exactly the loss's own.
     """
     weights = PRIORS[regulariser.prior](memberships.detach())
+    # Some losses draw at random: what the penalty judges are the draws that are trained on.
+    same = dict(loss_options)
+    if loss_options.get("generator") is not None:
+        same["generator"] = loss_options["generator"].clone_state()
     preference, metrics = preference_loss(loss, log_probs, weights, **loss_options)
     outputs = OUTPUTS[regulariser.output](loss, log_probs, response_states, loss_options)
     width = regulariser.width(outputs)
     penalty = PENALTIES[regulariser.penalty](
         outputs,
-        # Not needlessly: beta_dpo draws at random.
-        None if regulariser.penalty == "mmd" else example_losses(loss, log_probs, **loss_options),
+        None if regulariser.penalty == "mmd" else example_losses(loss, log_probs, **same),
         memberships,
         bandwidth=width,
         estimator=regulariser.estimator,

@@ -229,9 +229,13 @@ def _drawn_by_row(
         rows = slice(start, min(start + size, len(examples)))
         keys = np.log(weights_of(rows))
         keys += rng.gumbel(size=keys.shape)
+        np.negative(keys, out=keys)
         begin, end = np.searchsorted(taken, [rows.start * len(items), rows.stop * len(items)])
-        keys[taken[begin:end] // len(items) - rows.start, taken[begin:end] % len(items)] = -np.inf
-        found[rows] = (-keys).argsort(axis=1, kind="stable")[:, :count]
+        keys[taken[begin:end] // len(items) - rows.start, taken[begin:end] % len(items)] = np.inf
+        # The catalogue is not sorted for the few that come first.
+        first = np.sort(np.argpartition(keys, count - 1, axis=1)[:, :count], axis=1)
+        order = np.take_along_axis(keys, first, axis=1).argsort(axis=1, kind="stable")
+        found[rows] = np.take_along_axis(first, order, axis=1)
     return items["item"].to_numpy()[found]
 
 

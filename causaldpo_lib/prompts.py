@@ -77,27 +77,39 @@ _NO_PROMPTS = pd.DataFrame({"prompt": [], "chosen": []}, dtype=str)
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_tokens: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_tokens: int | None = None,
+    beside: str = "the longest response",
 ) -> list[list[int]]:
     """Token ids of prompts, with the tokenizer's own beginning-of-sequence token if it has one.
 
-    A prompt longer than ``max_tokens`` loses its oldest titles, never its tail.
+    A prompt longer than ``max_tokens`` loses its oldest titles, never its tail. ``beside`` says in an error what the
+    rest of the model's context is kept for.
 
     Raises:
-        StudyError: a prompt exceeds ``max_tokens`` even without any history.
+        StudyError: a prompt exceeds ``max_tokens`` and does not begin as the study's do, so that its titles are not
+            known, or it exceeds them even without any history.
     """
     encoded = tokenizer(list(prompts))["input_ids"]
     if max_tokens is None:
         return encoded
+    head = TEMPLATE.partition("{")[0]
     for index, ids in enumerate(encoded):
         text = prompts[index]
+        if len(ids) > max_tokens and not text.startswith(head):
+            raise StudyError(
+                f"prompt {index} has {len(ids)} tokens, {max(max_tokens, 0)} are left beside {beside}, and it does not "
+                f"begin with {head!r}: shorten it, since only prompts of that form lose their oldest titles"
+            )
         while len(ids) > max_tokens:
             _, found, tail = text.partition(SEPARATOR)
             if not found:
                 raise StudyError(
-                    f"a prompt of {len(ids)} tokens does not fit the {max_tokens} left for it: raise max_length"
+                    f"prompt {index}, {len(ids)} tokens without the titles that it can lose, does not fit the "
+                    f"{max(max_tokens, 0)} left beside {beside}: shorten either, or raise max_length if it is set"
                 )
-            text = TEMPLATE.partition("{")[0] + tail
+            text = head + tail
             ids = tokenizer(text)["input_ids"]
         encoded[index] = ids
     return encoded

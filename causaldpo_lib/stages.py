@@ -240,7 +240,7 @@ def align(
     logs = []
     for iteration in range(iterations):
         if iteration and lora_rank:
-            # The reference is the model without adapters: those of the round before become part of it.
+            # The round before is the reference: its adapters become part of the model, under fresh ones.
             torch.manual_seed(seed + iteration)
             model = backbone.with_lora(model.merge_and_unload(), lora_rank)
         pool = sample

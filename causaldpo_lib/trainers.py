@@ -15,19 +15,21 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOConfig
+from trl.trainer.utils import disable_dropout_in_model
 
 from causaldpo_lib.causal import Backdoor, Regulariser, add_environment_tokens, causal_loss, draw_environments
 from causaldpo_lib.checkpoints import ResumableTrainer, latest_checkpoint, load_scores, save_scores, scores_digest
@@ -42,6 +44,51 @@ Feature = dict[str, Any]
 EXPLODED = 1e6
 
 
+def training_rows(dataset: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
+    """The rows of a training set.
+
+    Raises:
+        StudyError: it is a table of columns, there is no row, or one is no dictionary.
+    """
+    if isinstance(dataset, pd.DataFrame):
+        raise StudyError("the training set is a DataFrame: give its rows as dictionaries, frame.to_dict('records')")
+    rows = [] if dataset is None else list(dataset)
+    if not rows:
+        raise StudyError("the training set is empty: no prompt is left to train on")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise StudyError(f"training row {index} is {row!r:.60}: give a dictionary of its columns")
+    return rows
+
+
+def _no_text(index: int, column: str, value: object) -> StudyError:
+    """What is wrong with a value that should be a text, or a list of texts."""
+    first = value[0] if isinstance(value, list | tuple) and value else value
+    if isinstance(first, Mapping):
+        return StudyError(
+            f"training row {index} has messages in column {column!r}: write them as one text, such as by the "
+            "tokenizer's apply_chat_template"
+        )
+    return StudyError(f"training row {index} has {value!r:.60} in column {column!r}: give it a text, or drop the row")
+
+
+def _responses(index: int, column: str, value: object) -> list[str]:
+    """A row's responses in ``column``, one or several.
+
+    Raises:
+        StudyError: there is none, or one is no text.
+    """
+    # The keys of a dictionary are texts as well, and no responses.
+    several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    texts = list(value) if several else [value]
+    if not texts:
+        raise StudyError(f"training row {index} has no response in column {column!r}: give it one, or drop the row")
+    for text in texts:
+        if not isinstance(text, str):
+            raise _no_text(index, column, text)
+    return texts
+
+
 def encode_features(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Mapping[str, Any]],
@@ -50,31 +97,30 @@ def encode_features(
 ) -> list[Feature]:
     """Rows with string columns ``prompt`` and ``response_columns`` (a string, or a list of strings) as token ids.
 
-    A prompt that with its longest response exceeds ``max_length`` tokens loses its oldest titles.
+    A prompt that with the longest response of all rows exceeds ``max_length`` tokens loses its oldest titles. Not with
+    its own: a history is then cut alike whatever it is answered with, as it is for ranking, which leaves room for the
+    longest title.
 
     Raises:
-        StudyError: there is no row, a row lacks a column or a response, or the tokenizer merges prompt and response.
+        StudyError: there is no row, a row lacks a column, a text or a response, the tokenizer merges prompt and
+            response, or a prompt does not fit.
     """
-    rows = list(rows)
-    if not rows:
-        raise StudyError("the training set is empty: no prompt is left to train on")
+    rows = training_rows(rows)
     for index, row in enumerate(rows):
         if missing := {"prompt", *response_columns} - set(row):
             raise StudyError(f"training row {index} has no column {sorted(missing)[0]!r}: it has {', '.join(row)}")
-    groups = [[row[c]] if isinstance(row[c], str) else list(row[c]) for c in response_columns for row in rows]
-    if [] in groups:
-        index = groups.index([])
-        raise StudyError(
-            f"training row {index % len(rows)} has no response in column {response_columns[index // len(rows)]!r}: "
-            "give it one, or drop the row"
-        )
+        if not isinstance(row["prompt"], str):
+            raise _no_text(index, "prompt", row["prompt"])
+    groups = [_responses(index, c, row[c]) for c in response_columns for index, row in enumerate(rows)]
     check_boundary(tokenizer, rows[0]["prompt"], groups[0][0])
     flat = iter(encode_responses(tokenizer, [response for group in groups for response in group]))
     encoded = [[next(flat) for _ in group] for group in groups]
     count = len(rows)
-    longest = max(len(response) for group in encoded for response in group)
-    limit = None if max_length is None else max_length - longest
-    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], limit)
+    sizes = [max(map(len, group)) for group in encoded]
+    widest = max(range(len(sizes)), key=sizes.__getitem__)
+    limit = None if max_length is None else max_length - sizes[widest]
+    longest = f"the longest response, the {sizes[widest]} tokens of training row {widest % count}"
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in rows], limit, longest)
     return [
         # transformers groups by the length of input_ids, which the prompt dominates.
         {
@@ -89,6 +135,71 @@ def encode_features(
 def context_of(model: nn.Module) -> int:
     """Tokens that the model can read; some say it under another name, some not at all."""
     return getattr(model.config, "max_position_embeddings", None) or 2**31
+
+
+def _loaded(model: object, processing_class: object, name: str = "model") -> None:
+    """Refuse what a trainer cannot begin with.
+
+    Raises:
+        StudyError: the model is not loaded, or there is no tokenizer that closes and pads responses.
+    """
+    if not isinstance(model, nn.Module):
+        raise StudyError(
+            f"{name} is {model!r:.60}, not a loaded model: load it with causaldpo_lib.backbone.load_checkpoint, which "
+            "gives model and tokenizer"
+        )
+    if processing_class is None:
+        raise StudyError("processing_class is missing: give the model's tokenizer, which load_checkpoint gives with it")
+    for token in ("eos_token", "pad_token"):
+        if getattr(processing_class, token, None) is None:
+            raise StudyError(f"the tokenizer has no {token}: set it, as causaldpo_lib.backbone.load_checkpoint does")
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], name: str, most: float) -> Tensor | None:
+    """The rows' column ``name`` of numbers from 0 to ``most``, float32 (N,); None where no row has it.
+
+    Raises:
+        StudyError: some rows lack it, or a value is no such number.
+    """
+    count = sum(name in row for row in rows)
+    if not count:
+        return None
+    if count < len(rows):
+        raise StudyError(f"{len(rows) - count} of {len(rows)} training rows have no {name}: give all rows one, or none")
+    values = []
+    for index, row in enumerate(rows):
+        try:
+            value = float(row[name])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not (math.isfinite(value) and 0 <= value <= most):
+            wanted = "of 0 or more" if most == math.inf else f"from 0 to {most:g}"
+            raise StudyError(f"training row {index} has {row[name]!r:.60} in column {name!r}: give a number {wanted}")
+        values.append(value)
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Switch off all dropout of ``model``, for good."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        # The layers of Llama and its relatives hold the attention's rate as a number, which trl's function passes over.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _adapters(model: nn.Module) -> tuple[list[str], str | None]:
+    """What of the adapters in ``model`` its weights do not say, and the names of weights that change nothing.
+
+    A fresh LoRA adapter, all B = 0, is the base model whatever its random A: nothing is to be said of it, and its
+    weights, with "lora_" in their names, can be skipped. Of others it matters which are in use, and their scale.
+    """
+    lora = [(name, weights) for name, weights in model.named_parameters() if "lora_" in name]
+    if lora and all(".lora_A." in name or (".lora_B." in name and not weights.any()) for name, weights in lora):
+        return [], "lora_"
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    used = [(each.active_adapters, each.disable_adapters, getattr(each, "scaling", None)) for each in layers]
+    return list(map(str, used)), None
 
 
 class PackedCollator:
@@ -299,15 +410,11 @@ class SupervisedTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase,
         label: str = "fine-tuning",
     ) -> None:
-        rows = list(train_dataset)
+        _loaded(model, processing_class)
+        rows = training_rows(train_dataset)
         features = encode_features(processing_class, rows, ["chosen"], context_of(model))
+        self.weights = _numbers(rows, "weight", math.inf)
         super().__init__(model, args, features, processing_class, label)
-        weights = [row["weight"] for row in rows if "weight" in row]
-        if weights and len(weights) < len(rows):
-            raise StudyError(
-                f"{len(rows) - len(weights)} of {len(rows)} training rows have no weight: weigh all or none"
-            )
-        self.weights = torch.tensor(weights, dtype=torch.float32) if weights else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         index, scores = self.scores(model, inputs)
@@ -320,12 +427,38 @@ class SupervisedTrainer(PackedTrainer):
         return (loss, scores) if return_outputs else loss
 
 
+_SMOOTHED = "set loss to 'cdpo', 'rdpo' or 'rose_po', and label_smoothing in loss_options"
+_SYNCHRONISED = "begin another training with the trained policy, which is then its reference"
+# Options of the objective that trl's DPOTrainer reads and this one does not -> what to do instead.
+UNUSED = {
+    "loss_type": "name the loss by loss and its hyper-parameters by loss_options",
+    "loss_weights": "name one loss by loss, and the weights of its parts by loss_options or nll_weight",
+    "label_smoothing": _SMOOTHED,
+    "label_smoothing_factor": _SMOOTHED,
+    "ld_alpha": "leave it out; the losses 'ipo' and 'simpo' take lengths into account",
+    "f_divergence_type": "leave it out; all losses with a reference are those of the reverse KL divergence",
+    "f_alpha_divergence_coef": "leave it out; all losses with a reference are those of the reverse KL divergence",
+    "use_weighting": "leave it out; the losses 'dr_dpo' and 'beta_dpo' weigh prompts",
+    "discopop_tau": "leave it out, and name the loss by loss",
+    "sync_ref_model": _SYNCHRONISED,
+    "ref_model_mixup_alpha": _SYNCHRONISED,
+    "ref_model_sync_steps": _SYNCHRONISED,
+    "router_aux_loss_coef": "leave it out; no auxiliary loss of a mixture of experts is added",
+    "truncation_mode": "leave it out; a prompt that is too long loses its oldest titles",
+}
+
+
 @dataclass
 class CausalDPOConfig(DPOConfig):
-    """trl's ``DPOConfig`` (of which ``beta`` and the training arguments are used) with the causal regulariser.
+    """trl's ``DPOConfig`` with the causal regulariser.
+
+    Of trl's own options ``beta``, ``max_length``, ``disable_dropout`` and the training arguments are used. Those of
+    its objective (``UNUSED``) are refused where they are set; how it prepares its data is of no consequence here.
 
     Attributes:
         beta: of the loss, unless ``loss_options`` name one; None is the loss's own default.
+        max_length: tokens of a prompt with the longest response; None is the model's context, as for fine-tuning and
+            ranking, so that all stages see the same prompts.
         loss: a name of ``LOSSES``; ``loss_options`` are its hyper-parameters, ``beta`` included if it has one.
         mmd_weight: lambda of Eq. 10, the weight of the penalty; 0 is the plain preference loss.
         mmd_bandwidth, mmd_min_bandwidth, mmd_estimator, mmd_pairs, penalty, output, prior: see ``Regulariser``.
@@ -337,9 +470,13 @@ class CausalDPOConfig(DPOConfig):
         environment_seed: seed of clustering, controls and draws.
         nll_weight: weight of the chosen responses' token-mean negative log-likelihood, a stabiliser.
         reference_cache: folder in which the reference's scores are kept and found again; None computes them anew.
+
+    Raises:
+        StudyError: an unknown name, an option that would not be used, or options that contradict each other.
     """
 
     beta: float | None = field(default=None, metadata={"help": "The loss's beta; None: its own default."})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens; None: the model's context."})
     loss: str = field(default="dpo", metadata={"help": "Name of a preference loss."})
     loss_options: dict | str | None = field(default=None, metadata={"help": "The loss's hyper-parameters."})
     mmd_weight: float = field(default=1.0, metadata={"help": "Weight of the penalty on environments' differences."})
@@ -362,6 +499,7 @@ class CausalDPOConfig(DPOConfig):
         options = dict(self.loss_options or {})
         check_hyperparameters(self.loss, options)
         self.loss_options = options
+        self._refuse_unused()
         pick(MEMBERSHIPS, self.memberships, "kind of memberships")
         pick(GRADIENTS, self.membership_gradient, "membership gradient")
         if self.membership_gradient != "detached" and self.memberships != "batch":
@@ -375,6 +513,25 @@ class CausalDPOConfig(DPOConfig):
                 "memberships than 'batch'"
             )
         self.regulariser()
+
+    def _refuse_unused(self) -> None:
+        """Refuse options that would change nothing, or count twice: a result would be taken for what it is not."""
+        for option in fields(DPOConfig):
+            if option.name in UNUSED:
+                default = option.default_factory() if option.default is MISSING else option.default
+                if (value := getattr(self, option.name)) != default:
+                    raise StudyError(f"{option.name} = {value!r} has no effect here: {UNUSED[option.name]}")
+        known = hyperparameters(self.loss)
+        if self.beta is not None and "beta" not in known:
+            raise StudyError(
+                f"beta = {self.beta} has no effect on loss {self.loss!r}, which has none: leave it out, or set in "
+                f"loss_options what it has ({', '.join(known)})"
+            )
+        if self.nll_weight and "nll_weight" in known:
+            raise StudyError(
+                f"nll_weight = {self.nll_weight} would be added to the nll_weight that loss {self.loss!r} has itself: "
+                "set the one in loss_options instead"
+            )
 
     def regulariser(self) -> Regulariser:
         """The penalty's options as one object, checked."""
@@ -397,9 +554,13 @@ class CausalDPOTrainer(PackedTrainer):
     list of strings, of any length from one. A column ``label_smoothing`` gives each row its own, for losses that have
     that hyper-parameter (RosePO's personalised smoothing). Before training, one pass of the frozen reference over the
     training set gives its log-probabilities and the prompt states from which environments are inferred. It is
-    ``ref_model``; else, for a policy with adapters, the policy without them (merge trained adapters before they are to
-    be part of it); else the policy as it is now, so that a trained policy starts another round as its own reference.
+    ``ref_model``; else the policy as it is given, adapters included, so that a trained policy starts another round as
+    its own reference; a fresh adapter changes nothing yet. A training is therefore resumed with the policy that it
+    began with: the checkpoint's weights are loaded by ``train``, after that pass.
     Memberships are detached and fixed, so no gradient can flatten them - but for ``memberships="batch"``, Algorithm 1.
+
+    Not taken are trl's ``peft_config`` (add adapters first, by ``backbone.with_lora`` or peft's ``get_peft_model``)
+    and ``eval_dataset`` (rank a validation set instead, or score it by ``packing.score_dataset``).
 
     ``memberships`` (N, K), ``environments`` (the fitted ``EnvironmentInference``, if any), ``diagnostics`` and
     ``backdoor`` (the soft prompts, if any; save it beside the checkpoint) describe the environments used.
@@ -414,15 +575,20 @@ class CausalDPOTrainer(PackedTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         label: str = "alignment",
     ) -> None:
+        _loaded(model, processing_class)
+        if ref_model is not None:
+            _loaded(ref_model, processing_class, "ref_model")
         args = CausalDPOConfig(output_dir="results/trainer") if args is None else args
+        if args.disable_dropout:
+            _without_dropout(model)
         limit = min(args.max_length or context_of(model), context_of(model)) - args.tokens_per_environment
-        rows = list(train_dataset or [])
+        rows = training_rows(train_dataset)
         features = encode_features(processing_class, rows, ["chosen", "rejected"], limit)
-        super().__init__(model, args, features, processing_class, label)
         self.loss_options = dict(args.loss_options)
-        if args.beta is not None and "beta" in hyperparameters(args.loss):
+        if args.beta is not None:
             self.loss_options.setdefault("beta", args.beta)
         self.smoothing = _smoothing(rows, args.loss, self.loss_options)
+        super().__init__(model, args, features, processing_class, label)
         self.regulariser = args.regulariser()
         self.beta_state = BetaState()
         self.ragged = len({len(feature["responses"]) for feature in features}) > 1
@@ -447,23 +613,22 @@ class CausalDPOTrainer(PackedTrainer):
     def _reference_scores(self, ref_model: nn.Module | None) -> ResponseScores:
         """From the cache or computed, every process a share of the rows; the first one writes."""
         reference = self.model if ref_model is None else ref_model.to(self.args.device)
-        without_adapters = ref_model is None and hasattr(reference, "disable_adapter")
         prompts, responses = ([f[name] for f in self.train_dataset] for name in ("input_ids", "responses"))
         rank, world = self.args.process_index, self.args.world_size
         folder = None if self.args.reference_cache is None else Path(self.args.reference_cache)
         box: list[Any] = [None]
         if folder is not None and rank == 0:
-            skip = reference.base_model.prefix if without_adapters else None
             # The context is part of the precision: scores in float32 are no reference of a policy under autocast.
             precision = f"autocast {self.accelerator.mixed_precision}"
-            digest = scores_digest(reference, prompts, responses, precision, skip)
+            adapters, skip = _adapters(reference)
+            digest = scores_digest(reference, prompts, responses, " ".join([precision, *adapters]), skip)
             box = [load_scores(folder, digest)]
         if world > 1:
             distributed.broadcast_object_list(box)
         if box[0] is not None:
             return box[0]
         # The policy's forward pass is under autocast from training on; here no model is prepared for it yet.
-        with self.accelerator.autocast(), reference.disable_adapter() if without_adapters else nullcontext():
+        with self.accelerator.autocast():
             scores = score_dataset(
                 reference,
                 prompts[rank::world],
@@ -559,13 +724,12 @@ def _smoothing(rows: Sequence[Mapping[str, Any]], loss: str, options: Mapping[st
     """The rows' column ``label_smoothing`` (N,), None where they have none.
 
     Raises:
-        StudyError: some rows lack it, the loss does not take it, or ``options`` hold one for all rows as well.
+        StudyError: some rows lack it, one is no share, the loss does not take it, or ``options`` hold one for all rows
+            as well.
     """
-    found = [row["label_smoothing"] for row in rows if "label_smoothing" in row]
-    if not found:
+    found = _numbers(rows, "label_smoothing", 1.0)
+    if found is None:
         return None
-    if len(found) < len(rows):
-        raise StudyError(f"{len(rows) - len(found)} of {len(rows)} training rows have no label_smoothing: smooth all")
     if "label_smoothing" not in hyperparameters(loss):
         raise StudyError(
             f"the rows smooth their labels, but loss {loss!r} does not take it from them: choose 'rose_po'"
@@ -575,7 +739,7 @@ def _smoothing(rows: Sequence[Mapping[str, Any]], loss: str, options: Mapping[st
             "both the rows and loss_options smooth the labels: remove label_smoothing from loss_options, or the rows' "
             "column of that name"
         )
-    return torch.tensor(found, dtype=torch.float32)
+    return found
 
 
 @torch.no_grad()

@@ -24,7 +24,15 @@ from causaldpo_lib.causal import (
 )
 from causaldpo_lib.environments import membership_diagnostics
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.losses import LOSSES, LogProbs, dpo_loss, example_losses, implicit_rewards, preference_loss
+from causaldpo_lib.losses import (
+    LOSSES,
+    BetaState,
+    LogProbs,
+    dpo_loss,
+    example_losses,
+    implicit_rewards,
+    preference_loss,
+)
 from causaldpo_lib.mmd import ESTIMATORS, PENALTIES, environment_weights, median_bandwidth, mmd_squared
 
 TWO = torch.tensor([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
@@ -168,6 +176,31 @@ def test_uniform_prior_weights_have_mean_1_and_give_environments_the_same_say(sh
 def test_an_environment_that_is_absent_from_the_batch_has_no_say():
     absent = torch.eye(3)[[0, 0, 0, 1]]
     torch.testing.assert_close(uniform_prior_weights(absent), torch.tensor([2 / 3, 2 / 3, 2 / 3, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [("dynamic_dmpo", {"selection": "random"}), ("beta_dpo", {"rho": 0.4, "state": BetaState(0.0, 10.0)})],
+    ids=["dynamic_dmpo", "beta_dpo"],
+)
+@pytest.mark.parametrize("penalty", ["vrex", "group_dro"])
+def test_the_penalty_judges_the_draws_that_are_trained_on(loss, options, penalty):
+    def with_generator(seed):
+        return {**options, "generator": torch.Generator().manual_seed(seed)}
+
+    log_probs = toy(negatives=3)
+    drawn, penalties = set(), set()
+    for seed in range(12):
+        total, metrics = causal_loss(loss, log_probs, TWO, Regulariser(0.5, penalty), **with_generator(seed))
+        losses = example_losses(loss, log_probs, **with_generator(seed))
+        outputs = implicit_rewards(loss, log_probs)[0]
+        expected = PENALTIES[penalty](outputs, losses, TWO, bandwidth=1.0, estimator="v", pairs="mean")
+        assert metrics["penalty"] == pytest.approx(expected.item(), abs=1e-9)
+        preference, _ = preference_loss(loss, log_probs, **with_generator(seed))
+        assert total.item() == pytest.approx((preference + 0.5 * expected).item(), abs=1e-9)
+        drawn.add(round(preference.item(), 6))
+        penalties.add(round(expected.item(), 6))
+    assert len(drawn) > 1 and len(penalties) > 1
 
 
 def test_weight_0_keeps_the_penalty_out_of_the_graph():

@@ -224,8 +224,17 @@ def test_prompts_lose_their_oldest_titles_first(tiny, items):
     whole = encode_prompts(tokenizer, [prompt_text(titles)])[0]
     cut = encode_prompts(tokenizer, [prompt_text(titles)], max_tokens=len(whole) - 1)[0]
     assert cut == encode_prompts(tokenizer, [prompt_text(titles[1:])])[0]
-    with pytest.raises(StudyError, match="does not fit the 3 left"):
-        encode_prompts(tokenizer, [prompt_text(titles)], max_tokens=3)
+    with pytest.raises(StudyError, match=r"prompt 1, .* does not fit the 3 left beside the longest response"):
+        encode_prompts(tokenizer, ["Next", prompt_text(titles)], max_tokens=3)
+
+
+def test_a_prompt_of_another_form_is_read_whole_or_not_at_all(tiny):
+    """The text before its first separator is no title, so that nothing can be taken out of it."""
+    foreign = "Ranked by me: Zero; Paper Tigers; Silent Harbor ->"
+    (whole,) = encode_prompts(tiny[1], [foreign])
+    assert encode_prompts(tiny[1], [foreign], len(whole)) == [whole]
+    with pytest.raises(StudyError, match=r"prompt 1 has .* does not begin with 'Chosen so far: ': shorten it"):
+        encode_prompts(tiny[1], [prompt_text([]), foreign], len(whole) - 1)
 
 
 def test_tokenizer_that_merges_prompt_and_response_is_refused(tiny):

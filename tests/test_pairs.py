@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.pairs import NEGATIVES, preference_pairs
+from causaldpo_lib.pairs import NEGATIVES, _drawn_by_row, preference_pairs
 
 WORDS = ("comet", "comets", "harbor", "harbour", "crown", "crowned", "tiger", "tigers")
 
@@ -262,6 +262,23 @@ def test_environment_matched_negatives_are_drawn_from_the_mixture_of_the_environ
         q[chosen[prompt]] = 0
         shares = np.bincount(found.loc[found["prompt"] == prompt, "place"], minlength=size) / count
         assert shares == pytest.approx(q / q.sum(), abs=0.03)
+
+
+def test_the_first_of_a_block_are_those_of_the_whole_order():
+    """Draws one by one against a full stable sort of the same perturbed log-weights."""
+    items, count = catalogue(60), 5
+    examples = examples_of(items, 1100)  # three blocks
+    weights = np.random.default_rng(1).random((len(examples), len(items))) + 0.01
+    found = _drawn_by_row(examples, items, lambda rows: weights[rows], count, np.random.default_rng(2))
+    rng, ids = np.random.default_rng(2), items["item"].to_numpy()
+    for start in range(0, len(examples), 512):
+        block = weights[start : start + 512]
+        keys = np.log(block) + rng.gumbel(size=block.shape)
+        for row, key in enumerate(keys, start=start):
+            example = examples.iloc[row]
+            free = ~np.isin(ids, [*example["history"], example["item"]])
+            order = [place for place in np.argsort(-key, kind="stable") if free[place]]
+            assert found[row].tolist() == ids[order[:count]].tolist()
 
 
 def test_one_environment_is_the_popularity_among_the_chosen():

@@ -1,5 +1,6 @@
 """A killed training goes on: to the same weights and log entries, from checkpoints that are whole or not there."""
 
+import math
 import multiprocessing
 import time
 
@@ -8,7 +9,7 @@ import torch
 from conftest import TITLES
 from transformers import TrainerCallback, TrainingArguments
 
-from causaldpo_lib.backbone import tiny_backbone
+from causaldpo_lib.backbone import tiny_backbone, with_lora
 from causaldpo_lib.checkpoints import damage, latest_checkpoint
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.prompts import prompt_text, response_text
@@ -135,6 +136,33 @@ def trained(tmp_path_factory):
     made.args.max_steps = 4
     made.train()
     return folder
+
+
+def test_a_trained_adapter_is_resumed_against_the_reference_that_it_began_with(tmp_path):
+    def begin(folder, steps):
+        torch.set_num_threads(1)
+        model, tokenizer = tiny_backbone(TITLES, seed=0)
+        torch.manual_seed(3)
+        model = with_lora(model, rank=2)
+        with torch.no_grad():
+            for name, weights in model.named_parameters():
+                if "lora_B" in name:
+                    weights += 0.05
+        options = {**SHARED, "max_steps": steps, "lr_scheduler_type": "constant", "bf16": False}
+        args = CausalDPOConfig(str(folder), activation_checkpointing=False, **options)
+        return CausalDPOTrainer(model, args=args, train_dataset=rows(), processing_class=tokenizer)
+
+    whole, half = begin(tmp_path / "whole", 4), begin(tmp_path / "pieces", 2)
+    started = whole.compute_loss(whole.model, whole.data_collator(whole.train_dataset[:4])).item()
+    assert started == pytest.approx(math.log(2), abs=1e-5)  # the adapter is part of the reference
+    whole.train()
+    half.train()
+    resumed = begin(tmp_path / "pieces", 4)
+    resumed.train(resume_from_checkpoint="latest")
+    assert resumed.resumed_from.name == "checkpoint-2"
+    assert torch.equal(resumed.reference_logps, whole.reference_logps)
+    ended = whole.model.state_dict()
+    assert all(torch.equal(weights, ended[name]) for name, weights in resumed.model.state_dict().items())
 
 
 def test_checkpoints_need_no_unpickling(trained):

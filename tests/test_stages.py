@@ -1,12 +1,15 @@
 """The stages end to end on a small simulated dataset, with another architecture than the embedded one."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import execute, small_model
 
 from causaldpo_lib import stages
-from causaldpo_lib.backbone import train_tokenizer
+from causaldpo_lib.backbone import load_checkpoint, train_tokenizer
+from causaldpo_lib.catalogue import read_catalogue
 from causaldpo_lib.causal import Backdoor
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.metrics import ndcg_at_k
@@ -265,6 +268,24 @@ def test_finished_runs_are_not_repeated(root, data, sft):
         "sft", root / "sft", data=str(data.folder), backbone=str(root / "qwen2"), lora_rank=4, epochs=1.0, batch_size=32
     )
     assert again.summary == sft.summary and (sft.folder / "summary.json").stat().st_mtime_ns == before
+
+
+def test_checkpoints_that_are_not_whole_are_refused_by_name(root, sft, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(root / "qwen2", tmp_path / "part")
+    weights = tmp_path / "part" / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(name for name in tensors if "mlp" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, weights, {"format": "pt"})
+    with pytest.raises(StudyError, match=rf"part' has no weights for {lost} \(1 missing\)"):
+        load_checkpoint(tmp_path / "part")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(StudyError, match=r"no causal language model could be loaded from .*part"):
+        load_checkpoint(tmp_path / "part")
+    (tmp_path / "catalogue.csv").write_text("id,name\n1,a\n")
+    with pytest.raises(StudyError, match=r"catalogue\.csv is no table of item and title"):
+        read_catalogue(tmp_path)
 
 
 def test_bad_input_is_one_sentence_and_finished_runs_stay(root, data, sft):

@@ -90,6 +90,35 @@ def test_draws_hold_each_unit_as_often_as_chance_would():
     assert counts.var() == pytest.approx(1 - 1 / 6, rel=0.06)
 
 
+def test_draws_are_kept_as_the_least_integers_that_hold_them(monkeypatch):
+    rng = np.random.default_rng(np.random.SeedSequence([3, 500]))
+    expected = [np.bincount(rng.integers(0, 500, 500), minlength=500) for _ in range(20)]
+    counts = stats.draw_counts(500, 20, 3)
+    assert counts.dtype == np.uint8 and np.array_equal(counts, expected)
+
+    class Same:
+        """Draws that chance will not give: one unit each time."""
+
+        def integers(self, low, high, size):
+            return np.zeros(size, dtype=np.int64)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Same())
+    for size, kind in ((255, np.uint8), (256, np.uint16)):
+        counts = stats.draw_counts.__wrapped__(size, 3, 0)
+        assert counts.dtype == kind and (counts == np.eye(1, size) * size).all()
+
+
+@pytest.mark.parametrize("users", [5, 3000, 70_000])
+def test_blocks_of_resamples_give_what_one_multiplication_would(users):
+    rng = np.random.default_rng(users)
+    sums, sizes = rng.normal(size=(3, users)), rng.integers(1, 4, users).astype(float)
+    seed_counts, counts = rng.multinomial(3, [1 / 3] * 3, 150), rng.poisson(1.0, (150, users)).astype(np.uint8)
+    per_seed = (counts.astype(float) @ sums.T) / (counts.astype(float) @ sizes)[:, None]
+    expected = (seed_counts * per_seed).sum(axis=1) / 3
+    found = stats.resampled_means(sums, sizes, seed_counts, counts)
+    assert found == pytest.approx(expected, rel=0, abs=1e-14)
+
+
 def test_paired_is_the_interval_of_the_differences():
     values, ids = example(users=30)
     baseline = np.random.default_rng(9).normal(size=values.shape)

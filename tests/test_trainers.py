@@ -3,8 +3,10 @@
 import copy
 import math
 
+import pandas as pd
 import pytest
 import torch
+from conftest import small_model
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -220,6 +222,118 @@ def test_bad_input_is_named(tmp_path, tiny, rows):
         trainer(tmp_path, tiny, smoothed, loss="rose_po", loss_options={"label_smoothing": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"loss_type": "ipo"}, r"loss_type = \['ipo'\] has no effect here: name the loss by loss"),
+        ({"loss_weights": [2.0]}, "loss_weights .* by loss_options or nll_weight"),
+        ({"label_smoothing": 0.4}, "label_smoothing = 0.4 .* and label_smoothing in loss_options"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor = 0.1 .* set loss to 'cdpo'"),
+        ({"ld_alpha": 0.5}, "ld_alpha = 0.5"),
+        ({"f_divergence_type": "forward_kl"}, "f_divergence_type = 'forward_kl'"),
+        ({"f_alpha_divergence_coef": 0.7}, "f_alpha_divergence_coef = 0.7"),
+        ({"use_weighting": True}, "use_weighting = True"),
+        ({"discopop_tau": 0.1}, "discopop_tau = 0.1"),
+        ({"sync_ref_model": True}, "sync_ref_model = True .* begin another training"),
+        ({"ref_model_mixup_alpha": 0.5}, "ref_model_mixup_alpha = 0.5"),
+        ({"ref_model_sync_steps": 5}, "ref_model_sync_steps = 5"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef = 0.1"),
+        ({"loss": "ipo", "beta": 0.5}, r"beta = 0.5 has no effect on loss 'ipo', .* \(tau, average\)"),
+        ({"loss": "mppo", "beta": 0.1}, "beta = 0.1 has no effect on loss 'mppo'"),
+        ({"loss": "cpo", "nll_weight": 0.5}, "nll_weight = 0.5 would be added .* set the one in loss_options"),
+    ],
+)
+def test_options_that_would_change_nothing_or_count_twice_are_refused(options, sentence, tmp_path):
+    with pytest.raises(StudyError, match=sentence):
+        config(tmp_path, **options)
+
+
+def test_trl_s_defaults_written_out_are_no_choice(tmp_path):
+    made = config(tmp_path, loss_type="sigmoid", label_smoothing=0.0, loss="cpo", nll_weight=0.0, beta=0.3)
+    assert made.loss_type == ["sigmoid"] and made.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompt": None}, "row 1 has None in column 'prompt': give it a text"),
+        ({"prompt": float("nan")}, "row 1 has nan in column 'prompt'"),
+        (
+            {"prompt": [{"role": "user", "content": "Zero"}]},
+            r"row 1 has messages in .*apply_chat_template",
+        ),
+        ({"chosen": [{"role": "assistant", "content": "Zero"}]}, "row 1 has messages in column 'chosen'"),
+        ({"chosen": {"role": "assistant", "content": "Zero"}}, "row 1 has messages in column 'chosen'"),
+        ({"chosen": None}, "row 1 has None in column 'chosen'"),
+        ({"rejected": float("nan")}, "row 1 has nan in column 'rejected'"),
+        ({"rejected": [" Zero", None]}, "row 1 has None in column 'rejected'"),
+        ({"label_smoothing": None}, "row 1 has None in column 'label_smoothing': give a number from 0 to 1"),
+        ({"label_smoothing": 1.5}, "row 1 has 1.5 in column 'label_smoothing'"),
+    ],
+)
+def test_a_bad_value_is_named_by_row_and_column(change, sentence, tmp_path, tiny, rows):
+    smoothed = [{**row, "label_smoothing": 0.2} for row in rows]
+    with pytest.raises(StudyError, match=sentence):
+        trainer(tmp_path, tiny, [smoothed[0], {**smoothed[1], **change}, *smoothed[2:]], loss="rose_po")
+
+
+def test_a_bad_weight_is_named_by_row_and_column(tmp_path, tiny, rows):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    for weight in (None, "much", -1.0, float("nan"), math.inf):
+        weighed = [{**row, "weight": 1.0 if index else weight} for index, row in enumerate(rows)]
+        with pytest.raises(StudyError, match=r"row 0 has .* in column 'weight': give a number of 0 or more"):
+            SupervisedTrainer(tiny[0], args, weighed, tiny[1])
+    with pytest.raises(StudyError, match="23 of 24 training rows have no weight"):
+        SupervisedTrainer(tiny[0], args, [{**rows[0], "weight": 1.0}, *rows[1:]], tiny[1])
+
+
+def test_what_a_trainer_cannot_begin_with_is_named(tmp_path, tiny, rows):
+    def begin(**given):
+        given = {"model": tiny[0], "train_dataset": rows, "processing_class": tiny[1], **given}
+        CausalDPOTrainer(args=config(tmp_path), **given)
+
+    for name in ("model", "ref_model"):
+        with pytest.raises(StudyError, match=f"{name} is 'gpt2', not a loaded model: .*backbone.load_checkpoint"):
+            begin(**{name: "gpt2"})
+    with pytest.raises(StudyError, match="processing_class is missing"):
+        begin(processing_class=None)
+    padless = copy.deepcopy(tiny[1])
+    padless.pad_token = None
+    with pytest.raises(StudyError, match="the tokenizer has no pad_token: set it"):
+        begin(processing_class=padless)
+    with pytest.raises(StudyError, match=r"DataFrame: give its rows as dictionaries, frame.to_dict\('records'\)"):
+        begin(train_dataset=pd.DataFrame(rows))
+    with pytest.raises(StudyError, match="row 0 is 'train': give a dictionary"):
+        begin(train_dataset={"train": rows})
+    with pytest.raises(StudyError, match="training set is empty"):
+        begin(train_dataset=None)
+
+
+def test_all_trainings_see_the_same_prompts_up_to_the_model_s_context(tmp_path, tiny, rows):
+    """A prompt beyond trl's default of 1,024 tokens, and one beyond the model's 2,048."""
+    long = [{**rows[0], "prompt": prompt_text(["Silent Harbor Nights"] * count)} for count in (300, 700)]
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    supervised = SupervisedTrainer(small_model("llama", len(tiny[1])), args, long, tiny[1])
+    equal = [{**row, "rejected": row["chosen"]} for row in long]
+    model = small_model("llama", len(tiny[1]))
+    aligned = CausalDPOTrainer(model, args=config(tmp_path), train_dataset=equal, processing_class=tiny[1])
+    prompts = [[feature["input_ids"] for feature in run.train_dataset] for run in (supervised, aligned)]
+    assert prompts[0] == prompts[1] and 1024 < len(prompts[0][0]) < len(prompts[0][1]) < 2048
+
+
+def test_the_longest_response_of_all_is_what_a_prompt_has_to_fit(tiny, rows):
+    """A history is cut alike whatever it is answered with; with no room left, the error says what takes it."""
+    prompt = prompt_text(["Zero"] * 20)
+    short, long = ({"prompt": prompt, "chosen": " Zero" * words} for words in (1, 9))
+    room = len(encode_features(tiny[1], [long], ["chosen"], 40)[0]["input_ids"])
+    both = encode_features(tiny[1], [short, long], ["chosen"], 40)
+    assert [len(feature["input_ids"]) for feature in both] == [room, room]
+    endless = {**rows[5], "rejected": [" Comet", " Zero" * 300]}
+    sentence = "prompt 0, .* does not fit the 0 left beside the longest response, the 301 tokens of training row 5: "
+    with pytest.raises(StudyError, match=sentence):
+        encode_features(tiny[1], [*rows[:5], endless], ["chosen", "rejected"], 100)
+
+
 def test_accumulated_batches_are_averaged(tmp_path, tiny, rows):
     """Adam hides the gradient's scale from the weights, so its logged norm is compared."""
     norms = []
@@ -302,22 +416,70 @@ def test_reference_scores_are_computed_once(tmp_path, tiny, rows, capsys):
         assert passes_and_scores()[0] == 0
 
 
-def test_reference_is_the_policy_without_adapters_or_the_model_given(tmp_path, tiny, rows):
+def adapted(model, scale=0.0, rank=4, seed=5):
+    """A copy of ``model`` with adapters: fresh ones, or as if trained, all B at ``scale``."""
     from causaldpo_lib.backbone import with_lora
 
-    plain = trainer(tmp_path, tiny, rows, reference_cache=str(tmp_path / "cache"))
-    torch.manual_seed(5)
-    model = with_lora(copy.deepcopy(tiny[0]), rank=4)
+    torch.manual_seed(seed)
+    found = with_lora(copy.deepcopy(model), rank)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in found.named_parameters():
             if "lora_B" in name:
-                parameter += 0.1  # trained adapters
-    run = CausalDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tiny[1])
-    torch.testing.assert_close(run.reference_logps, plain.reference_logps, atol=1e-4, rtol=0)
-    given = CausalDPOTrainer(
-        copy.deepcopy(tiny[0]), model.merge_and_unload(), config(tmp_path), rows, processing_class=tiny[1]
+                parameter += scale
+    return found
+
+
+def test_reference_is_the_policy_with_its_adapters_or_the_model_given(tmp_path, tiny, rows):
+    plain = trainer(tmp_path, tiny, rows)
+    fresh, trained = (
+        CausalDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tiny[1])
+        for model in (adapted(tiny[0]), adapted(tiny[0], 0.1))
     )
-    assert (given.reference_logps - plain.reference_logps).abs().max() > 1e-2
+    assert torch.equal(fresh.reference_logps, plain.reference_logps)
+    assert (trained.reference_logps - plain.reference_logps).abs().max() > 1e-2
+    assert trained.compute_loss(trained.model, first_batch(trained)).item() == pytest.approx(math.log(2), abs=1e-5)
+    merged = trained.model.merge_and_unload()
+    given = CausalDPOTrainer(copy.deepcopy(tiny[0]), merged, config(tmp_path), rows, processing_class=tiny[1])
+    torch.testing.assert_close(given.reference_logps, trained.reference_logps, atol=1e-4, rtol=0)
+
+
+def test_a_cached_reference_is_never_another_adapter_s(tmp_path, tiny, rows):
+    """Trained weights, their scale, and which of two adapters is in use all make another reference."""
+    from peft import LoraConfig
+
+    doubled, second = adapted(tiny[0], 0.1), adapted(tiny[0], 0.1)
+    for module in doubled.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2
+    second.add_adapter("second", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    first = copy.deepcopy(second)
+    second.set_adapter("second")
+    models = [adapted(tiny[0]), adapted(tiny[0], 0.1), adapted(tiny[0], 0.2), doubled, first, second]
+    for number, model in enumerate(models, start=1):
+        options = [config(tmp_path, reference_cache=cache) for cache in (str(tmp_path / "cache"), None)]
+        cached, computed = (
+            CausalDPOTrainer(model, args=args, train_dataset=rows, processing_class=tiny[1]) for args in options
+        )
+        assert torch.equal(cached.reference_logps, computed.reference_logps)
+        assert len(list((tmp_path / "cache").iterdir())) == number
+
+
+def test_policy_and_reference_are_scored_without_dropout(tmp_path, tiny, rows):
+    """Before the first step they are the same model, so all log-ratios are 0; with dropout they are not."""
+    first = {}
+    for disabled in (True, False):
+        model = small_model("gpt2", len(tiny[1]))  # dropout of 0.1, in modules
+        args = config(tmp_path, disable_dropout=disabled, max_steps=1)
+        run = CausalDPOTrainer(model, args=args, train_dataset=rows, processing_class=tiny[1])
+        run.train()
+        first[disabled] = abs(run.table()[0]["preference_loss"] - math.log(2))
+    assert first[True] < 1e-6 < 1e-4 < first[False]
+    model = copy.deepcopy(tiny[0])
+    for layer in model.model.layers:  # a number in Llama's attention
+        layer.self_attn.attention_dropout = 0.5
+    run = CausalDPOTrainer(model, args=config(tmp_path), train_dataset=rows, processing_class=tiny[1])
+    run.model.train()
+    assert run.compute_loss(run.model, first_batch(run)).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_adapters_do_not_change_the_reference_s_digest(tmp_path, tiny, rows):
