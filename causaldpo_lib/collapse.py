@@ -7,6 +7,7 @@ of negatives, and DynamicPO's controls at the most of them. Accuracies, shares a
 from __future__ import annotations
 
 import re
+from itertools import product
 
 import pandas as pd
 import torch
@@ -18,7 +19,7 @@ from causaldpo_lib.losses import LogProbs, boundary_negatives, example_losses, g
 from causaldpo_lib.parameters import read_yaml
 from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.plots import SPLITS, look
-from causaldpo_lib.tables import TEST_SPLITS, Tables, select
+from causaldpo_lib.tables import TEST_SPLITS, Tables, select, settings
 from causaldpo_lib.takeaways import Pairs, change
 
 Frame = pd.DataFrame
@@ -31,6 +32,7 @@ COLLAPSE: Pairs = {NAMES[loss]: (f"{loss}{MARK}{MANY}", f"{loss}{MARK}{FEW}") fo
 TRAINED: Pairs = {NAMES[loss]: (f"{loss}{MARK}{MANY}", "sft") for loss in LOSSES}
 MENDED: Pairs = {NAMES[loss]: (f"dynamic_{loss}{MARK}{MANY}", f"{loss}{MARK}{MANY}") for loss in LOSSES}
 DYNAMIC = f"dynamic_dmpo{MARK}{MANY}"
+WITH: Pairs = {f"{NAMES[loss]} with DynamicPO": (f"dynamic_{loss}{MARK}{MANY}", "sft") for loss in LOSSES}
 # DynamicPO on DMPO at MANY negatives: what the figure of the controls calls each, and what each of its parts changes.
 VARIANTS = {
     "sft": "SFT, before alignment",
@@ -142,6 +144,34 @@ def measured_shares(seed: int = 0, prompts: int = 200) -> Frame:
     return pd.DataFrame(lines)
 
 
+def left(losses: pd.Series, steps: int) -> float:
+    """The mean of the last ``steps`` logged losses of a run in % of the mean of as many at its start."""
+    return 100 * losses.tail(steps).mean() / losses.head(steps).mean()
+
+
+def loss_left(tables: Tables, setting: str) -> Frame:
+    """What training leaves of the loss in %, with MANY negatives: a row per method, in the order of ``LOSSES``.
+
+    Columns: method and name; of the last logged step against the first ``mean``, ``low`` and ``high`` over the seeds;
+    of the last quarter of the logged steps against the first quarter ``quarter``, ``quarter_low``, ``quarter_high``.
+    The steps have different prompts, of which a quarter averages several times as many. DynamicPO's controls on DMPO
+    are among the rows.
+    """
+    names = {f"{loss}{MARK}{MANY}": NAMES[loss] for loss in LOSSES}
+    names |= {f"dynamic_{method}": f"{name} with DynamicPO" for method, name in names.items()}
+    names |= {method: VARIANTS[method] for _, method in PARTS.values()}
+    rows = select(tables["training"], setting=setting, method=list(names)).sort_values("step", kind="stable")
+    found = []
+    for method, name in names.items():
+        runs = [run["preference_loss"] for _, run in rows[rows["method"] == method].groupby("seed")]
+        ends = pd.Series([left(run, 1) for run in runs])
+        quarters = pd.Series([left(run, max(1, len(run) // 4)) for run in runs])
+        row = {"method": method, "name": name, "mean": ends.mean(), "low": ends.min(), "high": ends.max()}
+        row |= {"quarter": quarters.mean(), "quarter_low": quarters.min(), "quarter_high": quarters.max()}
+        found.append(row)
+    return pd.DataFrame(found)
+
+
 def fits(tables: Tables, setting: str) -> Frame:
     """What training came to at its last logged step, and HR@1 on the IID test, where a better fit should pay.
 
@@ -152,8 +182,7 @@ def fits(tables: Tables, setting: str) -> Frame:
     rows["win"] = 100 * rows["win_rate"].fillna(rows["accuracy"])  # with one negative both are one, and it is logged
     keys = ["loss", "method", "negatives"]
     runs = rows.groupby([*keys, "seed"], sort=False)
-    left = 100 * runs["preference_loss"].last() / runs["preference_loss"].first()
-    ends = pd.DataFrame({"left": left, "win": runs["win"].last()}).reset_index()
+    ends = pd.DataFrame({"left": runs["preference_loss"].apply(left, steps=1), "win": runs["win"].last()}).reset_index()
     found = _ranges(ends.melt(keys, ["left", "win"], "quantity"), [*keys, "quantity"])
     hits = select(accuracy(tables, setting), split="iid_test").assign(quantity="hits")
     return pd.concat([found, hits[found.columns]], ignore_index=True)
@@ -211,19 +240,56 @@ def share_takeaway(tables: Tables, setting: str) -> str:
     return f"**Takeaway.** *{setting}.* {about}{'; '.join(said)}."
 
 
+def loss_takeaway(tables: Tables, setting: str) -> str:
+    """Which losses does training lower with MANY negatives, and which part of DynamicPO keeps its loss up?"""
+    rows = loss_left(tables, setting).set_index("method")
+    parts = [method for _, method in PARTS.values()]
+    main, controls = rows.drop(parts), rows.loc[parts]
+    ends = ", ".join(f"{row['name']} {row['mean']:.1f} %" for _, row in main.iterrows())
+    risen = main[main["mean"] >= 100]
+    quarters = ", ".join(
+        f"{row['name']} {row['quarter']:.1f} % (seeds {row['quarter_low']:.1f} to {row['quarter_high']:.1f})"
+        for _, row in risen.iterrows()
+    )
+    up = (
+        f"Not below 100 %: {', '.join(risen['name'])}. Single steps differ in their prompts; the last quarter of the "
+        f"logged steps against the first: {quarters}"
+        if len(risen)
+        else "All are below 100 %"
+    )
+    said = ", ".join(f"{row['name']} {row['mean']:.1f} %" for _, row in controls.iterrows())
+    return (
+        f"**Takeaway.** *{setting}.* What training leaves of the loss, {MANY} negatives: {ends}. {up}. DynamicPO's "
+        f"controls on DMPO: {said}. {_boundary_keeps(rows)}"
+    )
+
+
+def _boundary_keeps(rows: Frame) -> str:
+    """Whether the choice of the boundary, and no other part of DynamicPO, keeps its loss on DMPO from falling."""
+    plain, one_beta = (rows.loc[method] for method in (DYNAMIC, PARTS["dynamic betas rather than one"][1]))
+    others = rows.loc[[method for name, (_, method) in PARTS.items() if "boundary" in name]]
+    if min(plain["low"], one_beta["low"]) > others["high"].max():
+        return (
+            "With every seed more is left over the boundary, with one beta too, than over all negatives or as many at "
+            "random: what keeps the loss up is the choice of the boundary, neither the betas nor the number of "
+            "negatives."
+        )
+    return "They do not single out one part of DynamicPO as what keeps the loss up."
+
+
 def fit_takeaway(tables: Tables, setting: str, split: str) -> str:
     """Does HR@1 end below where training started, or below that of one negative, although the loss falls?"""
-    left = select(fits(tables, setting), quantity="left", method=list(LOSSES), negatives=MANY).set_index("loss")
-    ends = ", ".join(f"{NAMES[loss]} {row['mean']:.1f} %" for loss, row in left.iterrows())
+    rows = loss_left(tables, setting).set_index("name")
+    own = {f"{name} with DynamicPO": tuple(f"dynamic_{m}" for m in pair) for name, pair in COLLAPSE.items()}
     both = []
-    for loss, name in NAMES.items():
-        found = [change(tables, setting, split, METRIC, *pairs[name]) for pairs in (TRAINED, COLLAPSE)]
-        if left.loc[loss, "high"] < 100 and any(each and each.word == "lowered" for each in found):
+    for name, pair in {**TRAINED, **WITH}.items():
+        found = [change(tables, setting, split, METRIC, *each) for each in (pair, {**COLLAPSE, **own}[name])]
+        if rows.loc[name, "high"] < 100 and any(each and each.word == "lowered" for each in found):
             both.append(name)
     return (
-        f"**Takeaway.** *{setting}, {SPLITS[split]}.* {MANY} negatives. What training leaves of the loss: {ends}. "
-        f"HR@1 against SFT, where it starts, {answers(tables, setting, split, TRAINED)}. Both a loss that falls with "
-        f"every seed and an HR@1 lower than with SFT or {FEW} negative: {', '.join(both) or 'none'}."
+        f"**Takeaway.** *{setting}, {SPLITS[split]}.* {MANY} negatives. HR@1 against SFT, where training starts, "
+        f"{answers(tables, setting, split, {**TRAINED, **WITH})}. Both a loss that falls with every seed and an HR@1 "
+        f"lower than with SFT or {FEW} negative: {', '.join(both) or 'none'}."
     )
 
 
@@ -254,6 +320,32 @@ def tally(tables: Tables, pairs: Pairs) -> str:
     return takeaways.tally(tables, METRIC, pairs)
 
 
+def undone(tables: Tables) -> str:
+    """HR@1 against SFT with MANY negatives, the losses alone and with DynamicPO: does DynamicPO undo what they do?"""
+    said: dict[str, list[str]] = {}
+    nearer: list[float] = []  # what a loss alone adds, where DynamicPO takes HR@1 back towards SFT's
+    words = []
+    for setting, split in product(settings(tables), TEST_SPLITS):
+        for (name, alone), pair in zip(TRAINED.items(), WITH.values(), strict=True):
+            found = [change(tables, setting, split, METRIC, *each) for each in (alone, pair)]
+            if None in found:
+                continue
+            before, after = (100 * each.difference for each in found)
+            words += [each.word for each in found]
+            nearer += [before] * (abs(after) < abs(before))
+            said.setdefault(SPLITS[split], []).append(f"{name} {before:+.2f} and {after:+.2f}")
+    if not said:
+        return "not compared"
+    total, gains = len(words) // 2, sum(value > 0 for value in nearer)
+    sizes = "; ".join(f"{split}, {', '.join(each)}" for split, each in said.items())
+    mostly = f": it mostly undoes what the loss does, {gains} gains of HR@1 and {len(nearer) - gains} losses"
+    detected = sum(word != takeaways.NOTHING for word in words)
+    return (
+        f"{sizes} points. DynamicPO takes HR@1 nearer to SFT's in {len(nearer)} of {total}"
+        f"{mostly * (2 * len(nearer) > total)} (detectable changes among these differences: {detected} of {len(words)})"
+    )
+
+
 def verdict(tables: Tables) -> str:
     """What the study says about the collapse, about DynamicPO, and about its parts."""
     fall, mended, parts = (tally(tables, pairs) for pairs in (COLLAPSE, MENDED, PARTS))
@@ -266,6 +358,7 @@ def verdict(tables: Tables) -> str:
             f"- Collapse, {MANY} negatives against {FEW}: {fall}.{nothing}",
             f"- The same with DynamicPO: {own}.",
             f"- DynamicPO against the loss alone, {MANY} negatives: {mended}.",
+            f"- Against SFT, the loss alone and with DynamicPO, {MANY} negatives: {undone(tables)}.",
             f"- Parts of DynamicPO on DMPO, each against its control: {parts}.",
         ]
     )

@@ -112,7 +112,8 @@ GROUPINGS = {
 def look(method: str) -> Look:
     """The colour, marker and label of a method or reference; others get a stable colour and their name.
 
-    A method of a sweep, ``<method>-<key>-<value>``, looks as its method does, and its label says the value.
+    A method of a sweep, ``<method>-<key>-<value>``, looks as its method does, and its label says the value. DynamicPO
+    has the colour of the loss that it is put on, and a marker of its own.
     """
     base, *swept = method.split("-", 2)
     file = PARAMS / "methods" / f"{base}.yaml"
@@ -121,7 +122,10 @@ def look(method: str) -> Look:
         wording = SWEPT.get(key, f"{key} {{}}")
         wording = wording.removesuffix("s") if value == "1" else wording
         return look(base)._replace(label=f"{look(base).label}, {wording.format(value)}")
-    colour, marker = COLOURS.get(method) or (OTHERS[sum(method.encode()) % len(OTHERS)], "v")
+    if (loss := method.removeprefix("dynamic_")) != method:
+        colour, marker = look(loss).colour, "D"
+    else:
+        colour, marker = COLOURS.get(method) or (OTHERS[sum(method.encode()) % len(OTHERS)], "v")
     file = PARAMS / "methods" / f"{method}.yaml"
     label = read_yaml(file)["label"] if file.exists() else LABELS.get(method, method)
     return Look(colour, marker, label)
@@ -756,7 +760,7 @@ def by_loss(table: pd.DataFrame, draw: Draw, title: str, rows: str | None = None
 def by_negatives(ax: Axes, table: pd.DataFrame, label: str, levels: pd.DataFrame | None = None) -> Axes:
     """A number with its interval against the number of negatives, equally spaced: a line per method.
 
-    Solid and filled, a loss; dashed and hollow, the same with DynamicPO, each in its method's colour. Columns: method,
+    Solid and filled, a loss; dashed and hollow, the same with DynamicPO, both in the loss's colour. Columns: method,
     negatives, mean, low, high; of ``levels``, what does not depend on negatives: method, mean, low, high.
     """
     counts, methods = sorted(table["negatives"].unique()), _present(table)
@@ -809,13 +813,15 @@ def share_curves(ax: Axes, table: pd.DataFrame) -> Axes:
 def named_intervals(ax: Axes, table: pd.DataFrame, label: str) -> Axes:
     """Forest plot with a row per ``name``, in its method's colour: IID test hollow and OOD test filled.
 
+    DynamicPO has diamonds, as its colour is that of the loss.
     Columns: name, method, split, mean, low, high, in the unit of ``label``.
     """
     names = list(dict.fromkeys(table["name"]))
     for split, offset, hollow in (("iid_test", -0.14, True), ("ood_test", 0.14, False)):
         for row in table[table["split"] == split].itertuples():
             colour, reach = look(row.method).colour, [[max(row.mean - row.low, 0)], [max(row.high - row.mean, 0)]]
-            style = {"fmt": "o", "color": colour, "mfc": "white" if hollow else colour}
+            marker = "D" if row.method.startswith("dynamic_") else "o"
+            style = {"fmt": marker, "color": colour, "mfc": "white" if hollow else colour}
             ax.errorbar(row.mean, names.index(row.name) + offset, xerr=reach, **style)
         ax.plot([], [], "o", color="#444444", mfc="white" if hollow else "#444444", label=SPLITS[split])
     _name_rows(ax, names)

@@ -11,7 +11,7 @@ The last section does the same for the published evaluation, which no trained mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -209,6 +209,30 @@ DEPARTURES: dict[str, Departure] = {
 }
 
 
+# What the numbers of ``released_code_loss`` are; "tokens" leaves out padding, "positions" does not.
+NUMBERS: dict[str, str] = {
+    "preference_loss": "the objective without the penalty (nats)",
+    "mmd2": "MMD² between the environments' outputs, before its weight (no unit)",
+    "environments": "how many environments have any weight",
+    "undefined_environments": "how many have none, so that their ids would be 0 / 0; they are left out",
+    "feature_spread": "largest distance between two examples' features (no unit)",
+    "shifted_ids": "share of the tokens of prompts and chosen titles whose id is another one in an environment's copy",
+    "attended": "share of these tokens that the copies attend to",
+    "counted": "share of all positions that are in the score of a chosen title",
+    "response_share": "share of all positions that are tokens of the chosen titles",
+    "clamped": f"share of the log-ratios, of both titles and in all copies, beyond ±{CLAMP:g}",
+}
+
+
+def glossary(names: Collection[str], meanings: Mapping[str, str] = NUMBERS) -> str:
+    """What the columns of a table are, as a Markdown list.
+
+    Raises:
+        StudyError: a name has no meaning.
+    """
+    return "\n".join(f"- `{name}`: {pick(meanings, name, 'column')}" for name in names)
+
+
 def environment_copy(tokens: PairTokens, weights: Tensor, steps: dict[str, Callable[..., Any]]) -> PairTokens:
     """What an environment with membership ``weights`` (B,) sees of a batch."""
     return PairTokens(
@@ -245,10 +269,7 @@ def released_code_loss(
         departures: names of ``DEPARTURES``; a name that is absent is switched off.
 
     Returns:
-        The scalar loss, and as floats ``preference_loss``, ``mmd2``, ``environments``, ``undefined_environments``
-        (whose weights underflow to 0, so that their ids are 0 / 0: left out here), ``feature_spread`` (largest distance
-        between the batch's features), the shares of ``shifted_ids``, ``attended``, ``counted`` (of which tokens'
-        labels; the responses are ``response_share``) and ``clamped`` log-ratios.
+        The scalar loss, and ``NUMBERS`` as floats.
 
     Raises:
         StudyError: a departure is unknown.

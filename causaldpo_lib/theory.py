@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,12 @@ import pandas as pd
 from scipy.special import expit, log_softmax
 
 from causaldpo_lib.errors import StudyError, pick
+
+# Tolerances of the closing table
+ZERO = 1e-9  # what sums of float64 may leave of a 0 (unit of the quantity)
+NEARLY = 1e-3  # a difference of probabilities that is still "about equal"
+SIGMAS = 5.0  # standard errors within which a simulation agrees
+COVERED = 0.95  # of the draws, with delta = 0.05
 
 # --- Proposition 3.1, first half: DPO on a policy with two weights ---
 
@@ -325,6 +332,32 @@ def random_bounds(count: int, rng: np.random.Generator) -> pd.DataFrame:
     return found[list(READINGS)].div(found["bound"], axis=0)
 
 
+def reading_table(drift: pd.DataFrame, random: pd.DataFrame) -> pd.DataFrame:
+    """Each of ``READINGS`` against the bound of Eq. 5: in the toy, in random worlds, and in its counter-example.
+
+    Args:
+        drift, random: of ``drifting`` and ``random_bounds``.
+
+    Returns:
+        a row a reading: the largest excess over the bound in the toy (nats), the share of random worlds above it (%)
+        and their median of GenErr / bound, both sides in the counter-example (nats; NaN without one), and ``exceeded``,
+        in how many of the three it is.
+    """
+    wide = drift.pivot(index="drift", columns="case", values="value")
+    counter = {name: bound_readings(*arguments) for name, arguments in counter_worlds().items()}
+    table = pd.DataFrame(
+        {
+            "toy: largest excess (nats)": wide[list(READINGS)].sub(wide["bound"], axis=0).max(),
+            "random: above (%)": 100 * (random > 1 + ZERO).mean(),
+            "random: median ratio": random.median(),
+            "counter-example: GenErr": pd.Series({name: found[name] for name, found in counter.items()}),
+            "counter-example: bound": pd.Series({name: found["bound"] for name, found in counter.items()}),
+        }
+    ).reindex(list(READINGS))
+    toy, share, _, error, bound = (table[column] for column in table)
+    return table.assign(exceeded=(toy > ZERO).astype(int) + (share > 0) + (error > bound + ZERO))
+
+
 # --- The penalty of Eq. 10 ---
 
 
@@ -465,14 +498,371 @@ def penalty_family(weights: Sequence[float], beta: float) -> pd.DataFrame:
 
 # --- Closing table ---
 
+SIGNS: dict[str, Callable[[float, float], bool]] = {"≤": le, "<": lt, "≥": ge, ">": gt}
 
-def verdicts(rows: Sequence[tuple[str, str, str, bool, str]]) -> pd.DataFrame:
-    """Statement, assumption, check, whether it holds (computed), and what is amiss: shown only where it does not.
 
-    Bars are escaped for a Markdown table.
+class Check(NamedTuple):
+    """What is measured, and how it has to compare with ``limit``; None is the tolerance of ``verdicts``."""
+
+    measured: str
+    sign: str
+    limit: float | None
+
+
+class Line(NamedTuple):
+    """A statement, and the check that it has to pass. ``departs``, said if it does not, may show the ``{value}``.
+
+    ``equation``: the number it stands under, empty for what the paper does not number. ``printed``: said by the paper;
+    else it is this study's reading, of that equation or of what the paper needs.
     """
-    table = pd.DataFrame(rows, columns=["statement", "assumption", "checked", "outcome", "where it departs"])
-    holds = table["outcome"].astype(bool)
-    table["where it departs"] = table["where it departs"].where(~holds, "–")
-    table["outcome"] = np.where(holds, "holds", "**fails**")
+
+    equation: str
+    printed: bool
+    statement: str
+    assumption: str
+    check: Check
+    departs: str
+
+
+EXCEEDED = Check("toy, random worlds, counter-example: how many exceed it", "≤", 0.0)
+DRAWS = Check("share of draws, δ = 0.05", "≥", COVERED)
+LINES: dict[str, Line] = {
+    "gradient": Line(
+        "19", True, "gradient", "log-linear policy", Check("first step less its Taylor line", "≤", ZERO), "differs"
+    ),
+    "first step": Line(
+        "20",
+        False,
+        "the first step raises w_E",
+        "Eq. 18, start at the reference",
+        Check("least first step", ">", ZERO),
+        "sign",
+    ),
+    "every step": Line(
+        "21",
+        True,
+        "every step raises w_E",
+        "Eq. 18",
+        Check("f_E liked by association only: limit of w_E", ">", ZERO),
+        "1 − σ weighs the pairs: w_E can end below its start",
+    ),
+    "every step, toy": Line(
+        "21",
+        False,
+        "in the toy every step raises w_E",
+        "log-odds linear in both features",
+        Check("least step, uniform negatives", ">", 0.0),
+        "w_E falls",
+    ),
+    "size": Line(
+        "23",
+        True,
+        "size after one step",
+        "start at the reference",
+        Check("ratio to gradient descent, less 1", "≤", None),
+        "off by {value:.0%}: 1 − σ(0) = 1/2 is missing",
+    ),
+    "linear": Line(
+        "24",
+        True,
+        "growth is linear in T",
+        "none",
+        Check("Taylor line less growth, over growth, largest", "≤", None),
+        "off by up to {value:.0%}, as growth has a limit",
+    ),
+    "confounder": Line(
+        "",
+        False,
+        "w_E grows because E confounds",
+        "Eq. 18",
+        Check("change without confounding", ">", ZERO),
+        "identical without confounder or second environment: uniform negatives do it",
+    ),
+    "still": Line(
+        "",
+        False,
+        "w_E stays if E[f(y_w) − f(y_l)] = 0",
+        "feature and genre independent",
+        Check("largest w_E, popularity and matched negatives", "≤", ZERO),
+        "w_E moves",
+    ),
+    "still, tied": Line(
+        "",
+        False,
+        "w_E stays if E[f(y_w) − f(y_l)] = 0",
+        "none",
+        Check("w_E with genre tied to boost", "≤", ZERO),
+        "only the first step is 0",
+    ),
+    "average": Line(
+        "4",
+        False,
+        "can hold on average",
+        "E is the pair's environment",
+        Check("distance of the posteriors' means", ">", ZERO),
+        "both sides have mean p(E)",
+    ),
+    "average, item": Line(
+        "4",
+        False,
+        "can hold on average",
+        "E is a feature of the item",
+        Check("P(f_E = 1), chosen less rejected", ">", ZERO),
+        "never larger",
+    ),
+    **{
+        name: Line("5", name == "printed", f"GenErr as {label}", "p(y|x,e) stays", EXCEEDED, "in {value:.0f} of 3")
+        for name, label in READINGS.items()
+    },
+    "P(y|x)": Line(
+        "",
+        False,
+        "P_test(y|x) ≈ P_train(y|x)",
+        "E → Y, p(E|x) drifts",
+        Check("largest change at full drift", "≤", NEARLY),
+        "differ by {value:.2f}",
+    ),
+    "backdoor": Line(
+        "6", True, "truncated factorisation", "E observed, p(x,e) > 0", Check("largest distance", "≤", ZERO), "differs"
+    ),
+    "backdoor, simulated": Line(
+        "6",
+        True,
+        "simulated intervention",
+        "E observed, p(x,e) > 0",
+        Check("standard errors apart", "≤", SIGMAS),
+        "differs",
+    ),
+    "separation": Line(
+        "32",
+        True,
+        "E ⊥ Y | X with arrows into X cut",
+        "graph of Fig. 1",
+        Check("I(E; Y | X), random models", "≤", ZERO),
+        "E → Y remains; needed is X ⊥ Y | E with arrows out of X cut",
+    ),
+    "separation, needed": Line(
+        "",
+        False,
+        "X ⊥ Y | E with arrows out of X cut, which Eq. 6 needs",
+        "graph of Fig. 1",
+        Check("I(X; Y | E), random models", "≤", ZERO),
+        "dependent",
+    ),
+    "one model": Line(
+        "",
+        False,
+        "one p_θ(y|x) can be averaged to p(y|do(x))",
+        "p_θ is not told e",
+        Check("largest distance, toy", "≤", ZERO),
+        "the sum is p_θ(y|x)",
+    ),
+    "soft": Line(
+        "",
+        False,
+        "inferred environments adjust",
+        "k soft, from x alone",
+        Check("largest distance to p(y|x), toy", ">", ZERO),
+        "p(y|x,k) = p(y|x): the sum is p(y|x)",
+    ),
+    "hard": Line(
+        "",
+        False,
+        "inferred environments identify Eq. 6",
+        "k = g(x)",
+        Check("range over unseen pairs", "≤", ZERO),
+        "positivity fails, also for the true environment",
+    ),
+    "trace": Line(
+        "",
+        False,
+        "inferred environments identify p(y|do(s))",
+        "k = g(v), v no cause of y, no error",
+        Check("error, toy with a trace", "≤", ZERO),
+        "differs",
+    ),
+    "trace, errors": Line(
+        "",
+        False,
+        "inferred environments identify p(y|do(s))",
+        "v shows e with errors",
+        Check("error, toy with a trace", "≤", ZERO),
+        "confounding remains in part",
+    ),
+    "definite": Line(
+        "",
+        False,
+        "MMD = 0 ⟹ equal distributions",
+        "characteristic kernel, population",
+        Check("least eigenvalue of the kernel", ">", ZERO),
+        "not definite",
+    ),
+    "memberships": Line(
+        "",
+        False,
+        "MMD = 0 ⟹ invariant policy",
+        "memberships may be equal",
+        Check("MMD² of equal mixtures", ">", ZERO),
+        "0 for any policy",
+    ),
+    "Eq. 45": Line(
+        "45",
+        True,
+        "is the gradient of Eq. 44",
+        "none",
+        Check("spread after descent on environments alike, change", "≤", ZERO),
+        "factor 2 missing within environments: it shrinks the rewards",
+    ),
+    "Eq. 48": Line(
+        "48",
+        True,
+        "∇MMD → 0 ⟹ p_m = p_m'",
+        "Gaussian kernel, fixed width",
+        Check("MMD² 8 widths apart, where the gradient is 0", "≤", ZERO),
+        "the kernel is flat far away",
+    ),
+    "pooled": Line(
+        "",
+        False,
+        "the interventional policy is invariant",
+        "true environments, prompts pooled",
+        Check("MMD², no confounding", "≤", ZERO),
+        "penalised; parity is not sufficiency",
+    ),
+    "held, confounded": Line(
+        "",
+        False,
+        "the interventional policy is invariant",
+        "x held, with E → Y",
+        Check("MMD², confounded model", "≤", ZERO),
+        "penalised",
+    ),
+    "held": Line(
+        "",
+        False,
+        "the interventional policy is invariant",
+        "x held, no E → Y",
+        Check("MMD², no confounding", "≤", ZERO),
+        "penalised",
+    ),
+    "closer": Line(
+        "",
+        False,
+        "the penalty brings p(y|do(x)) closer",
+        "true environments, no confounding",
+        Check("KL at the best λ > 0, less at λ = 0 (nats)", "<", 0.0),
+        "KL rises",
+    ),
+    "closer, confounded": Line(
+        "",
+        False,
+        "the penalty brings p(y|do(x)) closer",
+        "true environments, one confounded model",
+        Check("KL at the best λ > 0, less at λ = 0 (nats)", "<", 0.0),
+        "KL rises",
+    ),
+    "closer, random": Line(
+        "",
+        False,
+        "the penalty brings p(y|do(x)) closer",
+        "random confounded models, in most",
+        Check("share of models, best λ > 0", ">", 0.5),
+        "in {value:.0%} of them",
+    ),
+    "margins": Line(
+        "36",
+        True,
+        "all margins positive",
+        "pairs occur both ways round",
+        Check("largest share, all policies of the features", "≥", 1 - ZERO),
+        "at most {value:.0%} of the pairs",
+    ),
+    "causal": Line(
+        "",
+        False,
+        "MMD = 0 and large margins ⟹ causal",
+        "features coincide in training",
+        Check("least test margin of policies alike (nats)", ">", 0.0),
+        "the spurious policy meets both",
+    ),
+    "f, norm 1": Line("13", False, "f, norm 1", "g in the ball of radius L", DRAWS, "holds in {value:.0%} of draws"),
+    **{
+        name: Line("13", True, name, "as stated", DRAWS, "holds in {value:.0%} of draws")
+        for name in ("f, norm 5", "|f|, norm of f 1", "step in e, no f")
+    },
+    "penalty": Line(
+        "13",
+        False,
+        "Eq. 10 lowers its bound",
+        "none",
+        Check("MMD(p, q) over policies without penalty, range", ">", ZERO),
+        "its MMD is between environments and contains no policy",
+    ),
+}
+
+
+def verdicts(found: Mapping[str, float], tolerance: float) -> pd.DataFrame:
+    """The closing table: a row for each of ``LINES``, with the number ``found`` for it and what is asked of it.
+
+    Columns: those of ``Line``, found, asked, and outcome, whether it holds; ``departs`` is shown where it does not.
+    ``tolerance``: by how much of the growth a prediction of it may be off.
+
+    Raises:
+        StudyError: a number is missing, or there is one without a line.
+    """
+    if odd := sorted(set(LINES) ^ set(found)):
+        raise StudyError(f"numbers and lines of the closing table differ in {', '.join(odd)}: give one for each")
+    rows = []
+    for name, line in LINES.items():
+        measured, sign, limit = line.check
+        value, limit = float(found[name]), tolerance if limit is None else limit
+        holds = bool(SIGNS[sign](value, limit))
+        rows.append(
+            {
+                **line._asdict(),
+                "check": measured,
+                "found": value,
+                "asked": f"{sign} {limit:.3g}",
+                "outcome": holds,
+                "departs": "–" if holds else line.departs.format(value=value),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def verdict_table(closing: pd.DataFrame) -> pd.DataFrame:
+    """``verdicts`` as it is printed: readings of an equation are marked, bars escaped for Markdown."""
+    number = closing["equation"].map(lambda equation: f"Eq. {equation}, " if equation else "")
+    mark = np.where(closing["printed"] | (closing["equation"] == ""), "", " *(reading)*")
+    table = pd.DataFrame(
+        {
+            "statement": number + closing["statement"] + mark,
+            "assumption": closing["assumption"],
+            "checked": closing["check"],
+            "found": [
+                f"{value:.2g} (asked: {asked})" for value, asked in zip(closing["found"], closing["asked"], strict=True)
+            ],
+            "outcome": np.where(closing["outcome"], "holds", "**fails**"),
+            "where it departs": closing["departs"],
+        }
+    )
     return table.map(lambda cell: cell.replace("|", r"\|"))
+
+
+def verdict_takeaway(closing: pd.DataFrame) -> str:
+    """How many equations stand as printed, how many in some lines only, how many in none; in Markdown."""
+    kinds: dict[str, list[str]] = {"printed": [], "some": [], "none": []}
+    for equation, rows in closing[closing["equation"] != ""].groupby("equation", sort=False):
+        printed, standing = rows[rows["printed"]]["outcome"], rows[rows["outcome"]]
+        kind = "printed" if len(printed) and printed.all() else "some" if len(standing) else "none"
+        kept = "; ".join(
+            standing["statement"] + np.where(standing["printed"], "", ", assuming: " + standing["assumption"])
+        )
+        kinds[kind].append(f"Eq. {equation}" + f" ({kept})" * (kind == "some"))
+    as_printed, in_part, failing = (f"{len(names)} ({', '.join(names) or 'none'})" for names in kinds.values())
+    return (
+        f"**Takeaway.** Of {sum(map(len, kinds.values()))} equations with a line above, not contradicted as printed: "
+        f"{as_printed}; only in the lines named: {in_part}; in no line above: {failing}. Where a line fails, "
+        "some world meets the assumption and not the statement. That says nothing about whether the method helps on "
+        "data; it says that the paper's statements, as printed, need assumptions that the paper does not state."
+    ).replace("|", r"\|")

@@ -3,12 +3,14 @@ degenerate case as a small table. Nothing here is used in training."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from causaldpo_lib import backbone, environments, mmd, packing, pairs, pipeline, prompts, stages
 from causaldpo_lib.causal import Regulariser, causal_loss
 from causaldpo_lib.losses import LogProbs
-from causaldpo_lib.released import DEPARTURES, PairTokens, pad_pairs, released_code_loss
+from causaldpo_lib.released import (
+    CLAMP,
+    DEPARTURES,
+    PairTokens,
+    pad_pairs,
+    released_code_loss,
+    sequence_logps,
+    zeroed_labels,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +71,28 @@ class Pairs:
         )
 
 
+def last_line(act: Callable[[], Any]) -> Any:
+    """What ``act()`` returns. Of what it prints, a line for each step of a training, only the last line is shown."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        found = act()
+    for line in said.getvalue().splitlines()[-1:]:
+        print(line)
+    return found
+
+
 def training_pairs(sft: str, seed: int, beta: float) -> Pairs:
     """Training pairs (8,000 at most), the supervised model as reference, and a policy that plain DPO has moved from it.
 
     The policy is notebook 03's smoke alignment without the penalty, so that the penalty has something to find. ``sft``
-    names the supervised run; empty is its smoke setting, made first if need be.
+    names the supervised run; empty is its smoke setting, made first if need be. Of the training's progress only the
+    last line is printed.
 
     Raises:
         StudyError: ``sft`` is no finished run of notebook 02.
     """
     inputs = {"sft": sft, "data": pipeline.load_run(sft, "sft").parameters["data"]} if sft else {}
     setting = {"method": "dpo", "seed": seed, "loss_options": {"beta": beta}, "mmd_weight": 0.0}
-    run = stages.execute("align", {**pipeline.declared("align"), **inputs, **setting})
+    run = last_line(lambda: stages.execute("align", {**pipeline.declared("align"), **inputs, **setting}))
     start = pipeline.load_run(run.parameters["sft"], "sft")
     reference, tokenizer = backbone.load_checkpoint(start.folder / "checkpoint")
     policy, _ = backbone.load_checkpoint(run.folder / "checkpoint")
@@ -375,3 +395,22 @@ def released_table(found: Pairs, index: Sequence[int], seed: int) -> pd.DataFram
                 policy, reference, chosen, rejected, projection, generator, departures=departures
             )
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+@torch.no_grad()
+def clamped_by_attention(found: Pairs, index: Sequence[int]) -> dict[str, float]:
+    """The share of log-ratios beyond the published clamp when every position is scored, by what is attended to.
+
+    Of both responses of the pairs ``index``, with their own ids: ``everything``, and ``nothing``, as a copy whose mask
+    rounding has emptied.
+    """
+    policy, reference, *sides = padded(found, index)
+    shares = {}
+    for name, keep in (("everything", 1), ("nothing", 0)):
+        copies = [dataclasses.replace(tokens, attention_mask=keep * tokens.attention_mask) for tokens in sides]
+        ours, theirs = (
+            torch.cat([sequence_logps(model, tokens, zeroed_labels)[0] for tokens in copies])
+            for model in (policy, reference)
+        )
+        shares[name] = ((ours - theirs).abs() > CLAMP).float().mean().item()
+    return shares

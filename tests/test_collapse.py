@@ -6,6 +6,7 @@ import re
 import matplotlib
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -92,11 +93,27 @@ def pair(pairs, loss):
     return pairs[plots.look(loss).label]
 
 
+@pytest.mark.parametrize("loss", collapse.LOSSES)
+def test_a_loss_has_one_colour_alone_and_with_dynamicpo(loss):
+    alone, dynamic = (plots.look(f"{prefix}{loss}{collapse.MARK}{collapse.MANY}") for prefix in ("", "dynamic_"))
+    assert dynamic.colour == alone.colour and dynamic.marker != alone.marker
+    assert sum(plots.look(other).colour == alone.colour for other in collapse.LOSSES) == 1
+    rows = pd.DataFrame({"name": ["a", "b"], "method": [loss, f"dynamic_{loss}"], "split": "iid_test", "mean": 1.0})
+    ax = plots.named_intervals(plots.panels()[1][0, 0], rows.assign(low=0.0, high=2.0), "HR@1 (%)")
+    assert [container.lines[0].get_marker() for container in ax.containers] == ["o", "D"]
+    plt.close("all")
+
+
 # Frames
 
 
 def test_the_study_has_everything_that_is_looked_at():
-    asked = [*collapse.COLLAPSE.values(), *collapse.TRAINED.values(), *collapse.MENDED.values()]
+    asked = [
+        *collapse.COLLAPSE.values(),
+        *collapse.TRAINED.values(),
+        *collapse.MENDED.values(),
+        *collapse.WITH.values(),
+    ]
     assert {*asked, *collapse.PARTS.values()} <= {*PAIRS}
     assert {*collapse.VARIANTS} <= {*METHODS}
     defaults = inspect.signature(dynamic_dmpo_loss).parameters
@@ -202,6 +219,8 @@ def test_what_was_not_compared_is_said(tables):
     without = {**tables, "paired": tables["paired"].query("baseline == 'sft'")}
     assert "against 1, DMPO: not compared; S-DPO: not" in collapse.collapse_takeaway(without, SETTING, "iid_test")
     assert collapse.tally(without, collapse.PARTS) == "not compared"
+    alone = {**tables, "paired": tables["paired"].query("baseline != 'sft'")}
+    assert collapse.undone(alone) == "not compared"
     assert (collapse.beside_paper(without, SETTING)["here, OOD test"] == "not compared").all()
 
 
@@ -220,6 +239,62 @@ def test_fitted_more_and_less_accurate_needs_both(which):
     rising = (log["method"] == "mppo-negatives_per_prompt-15") & (log["seed"] == 2) & (log["step"] == 63)
     log.loc[rising, "preference_loss"] = 9.0  # one seed is enough
     assert collapse.fit_takeaway(tables, SETTING, "ood_test").endswith("SFT or 1 negative: none.")
+
+
+def test_dynamicpo_is_among_what_is_fitted_more_and_less_accurate():
+    dynamic, _ = collapse.WITH["S-DPO with DynamicPO"]
+    for baseline in ("sft", f"dynamic_s_dpo{collapse.MARK}{collapse.FEW}"):
+        said = collapse.fit_takeaway(made_up({(dynamic, baseline): DOWN}), SETTING, "iid_test")
+        assert said.endswith("SFT or 1 negative: S-DPO with DynamicPO.")
+    assert "DMPO with DynamicPO: no detectable change (+0.10 points" in said
+
+
+def losses(tables, method, curve):
+    """Tables whose loss over the logged steps is a line between two values, one pair for each seed."""
+    log = tables["training"].copy()
+    for seed, (first, last) in zip(SEEDS, curve, strict=True):
+        rows = (log["method"] == method) & (log["seed"] == seed)
+        log.loc[rows, "preference_loss"] = np.linspace(first, last, rows.sum())
+    return {**tables, "training": log}
+
+
+def test_what_is_left_of_a_loss_is_of_steps_and_of_quarters(tables):
+    method = f"mppo{collapse.MARK}{collapse.MANY}"
+    raised = losses(tables, method, [(1.0, 1.2), (2.0, 2.0), (1.0, 1.1)])
+    row = collapse.loss_left(raised, SETTING).set_index("method").loc[method]
+    assert (row["mean"], row["low"], row["high"]) == pytest.approx((110, 100, 120))
+    steps = np.linspace(1, 1.2, 21)
+    assert row["quarter_high"] == pytest.approx(100 * steps[-5:].mean() / steps[:5].mean())
+    said = collapse.loss_takeaway(raised, SETTING)
+    assert "MPPO 110.0 %" in said and "Not below 100 %: MPPO. Single steps" in said
+    assert f"MPPO {row['quarter']:.1f} % (seeds 100.0 to {row['quarter_high']:.1f})" in said
+    assert "All are below 100 %. DynamicPO's controls on DMPO: as many negatives at random" in collapse.loss_takeaway(
+        tables, SETTING
+    )
+
+
+def test_the_boundary_is_named_only_where_all_its_losses_stay_up(tables):
+    assert "do not single out" in collapse.loss_takeaway(tables, SETTING)
+    kept = tables
+    for method in (collapse.DYNAMIC, "dynamic_dmpo-alpha-0.0"):
+        kept = losses(kept, method, [(1.0, 1.0)] * 3)
+    assert "the choice of the boundary, neither" in collapse.loss_takeaway(kept, SETTING)
+    fallen = losses(kept, "dynamic_dmpo-alpha-0.0", [(1.0, 1.0), (1.0, 0.5), (1.0, 1.0)])  # one seed is enough
+    assert "do not single out" in collapse.loss_takeaway(fallen, SETTING)
+
+
+def test_undoing_is_said_where_hit_rates_go_back_towards_sft():
+    assert "takes HR@1 nearer to SFT's in 0 of 6 (detectable changes among these differences: 0 of 12)" in (
+        collapse.undone(made_up())
+    )
+    said = collapse.undone(made_up({pair(collapse.TRAINED, "dmpo"): UP, pair(collapse.TRAINED, "s_dpo"): DOWN}))
+    assert said.startswith(
+        "IID test, DMPO +2.00 and +0.10, S-DPO -2.00 and +0.10, MPPO +0.10 and +0.10; OOD test, DMPO"
+    )
+    assert "in 4 of 6: it mostly undoes what the loss does, 2 gains of HR@1 and 2 losses" in said and "4 of 12)" in said
+    assert f"with DynamicPO, 15 negatives: {said}." in collapse.verdict(
+        made_up({pair(collapse.TRAINED, "dmpo"): UP, pair(collapse.TRAINED, "s_dpo"): DOWN})
+    )
 
 
 def test_the_verdict_counts_losses_and_splits():
@@ -263,4 +338,4 @@ def test_the_notebook_draws_and_explains_everything(tables, run_notebook, writte
     kinds = ("accuracy", "shares", "fit", "controls", "time")
     assert images == {f"dynamicpo-{kind}-{SETTING}" for kind in kinds}
     texts = [thing.data for thing in shown if hasattr(thing, "data")]
-    assert sum(text.startswith("**Takeaway.**") for text in texts) == 9
+    assert sum(text.startswith("**Takeaway.**") for text in texts) == 10

@@ -5,6 +5,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import small_model
@@ -125,6 +126,10 @@ def test_no_gradient_outside_the_clamp():
     ratios = torch.tensor([-30.0, -3.0, 3.0, 30.0], requires_grad=True)
     released.clamped(ratios).sum().backward()
     assert ratios.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+
+
+def test_every_number_of_the_loss_has_a_meaning(models, batch):
+    assert list(run(models, batch)[1]) == list(released.NUMBERS)
 
 
 def test_beta_is_a_tenth_whatever_is_asked_for(models, batch):
@@ -405,8 +410,39 @@ def test_sentences_follow_the_numbers(table):
     assert "no gradient is left at all" in departures.gradient_takeaway(dead)
     assert "cannot be credited" in departures.reading(shown.assign(penalty_share=0.0), 1.0, 0.1, 10)
     assert "rounding damage" in departures.reading(shown.assign(penalty_share=0.5), 1.0, 0.1, 10)
+    assert all(f"- `{name}`: " in released.glossary([name], departures.COLUMNS) for name in table.columns[2:])
+    with pytest.raises(StudyError, match="unknown column"):
+        released.glossary(["loss"])
     spread = shown.assign(feature_spread=1.0)
     assert "They differ" in departures.reading(spread, 1.0, 0.1, 10)
+
+
+@pytest.mark.parametrize(
+    ("ids", "attention", "says"),
+    [
+        (0.2, 0.0, "by changed ids ("),
+        (0.0, 0.3, "by lost attention ("),
+        (0.2, 0.3, "by changed ids and by lost attention ("),
+        (0.0, 0.0, "by neither damage ("),
+    ],
+)
+def test_damage_to_copies_is_put_down_to_what_is_left_without_the_other(table, ids, attention, says):
+    """With attention repaired only ids are damaged, and the other way round."""
+    shown = table.assign(batch=0, policy="late")
+    for name, value in (("attention by rounding", ids), ("averaged ids", attention)):
+        shown.loc[(shown["side"] == departures.REPAIRED) & (shown["departure"] == name), "mmd2"] = value
+    said = departures.copies_takeaway(shown, 0.1, 0.07)
+    own = shown[shown["side"] == "released"].iloc[0]
+    assert f"*late* {own['mmd2']:.2f}, {says}{own['shifted_ids']:.0%} of the ids" in said
+    assert "can reach 2 / B = 0.10 at most" in said and "pairs is 0.07, and as released (means of 1" in said
+
+
+def test_means_of_departures_are_over_the_batches_of_one_policy(table):
+    shown = pd.concat([table.assign(policy="early", cosine=0.2), table.assign(policy="early", cosine=0.4)])
+    shown = pd.concat([shown, table.assign(policy="late", cosine=9.0)])
+    means = departures.departure_means(shown, "early", ["cosine", "attended"])
+    assert np.allclose(means["cosine"], 0.3) and len(means) == 2 + 2 * len(departures.GROUPS)
+    assert {*means.index.get_level_values("side")} == {"all off", "all on", "alone", "repaired"}
 
 
 def test_figures_show_the_values_they_are_given(table):

@@ -397,10 +397,58 @@ def test_penalty_family_shifts_risk_without_penalty():
 # Table and figures
 
 
+def numbers(**changes):
+    """A number for each line of the closing table that meets what is asked, but for the changes."""
+    meeting = {"≤": 0.0, "<": -1.0, "≥": 2.0, ">": 2.0}
+    return {name: meeting[line.check.sign] for name, line in theory.LINES.items()} | changes
+
+
 def test_verdicts_name_a_departure_only_where_there_is_one():
-    table = theory.verdicts([("p(y|x)", "b", "c", True, "x"), ("a", "b", "c", np.bool_(False), "y")])
-    assert table["outcome"].tolist() == ["holds", "**fails**"] and table["where it departs"].tolist() == ["–", "y"]
-    assert table["statement"].iloc[0] == r"p(y\|x)"
+    table = theory.verdicts(numbers(size=0.3, gradient=2e-9), tolerance=0.2)
+    rows = table.set_index("statement")
+    assert table["outcome"].sum() == len(theory.LINES) - 2 and (table["departs"] != "–").sum() == 2
+    assert rows.loc["size after one step", ["asked", "departs"]].tolist() == [
+        *("≤ 0.2", "off by 30%: 1 − σ(0) = 1/2 is missing")
+    ]
+    assert not rows.loc["gradient", "outcome"] and rows.loc["gradient", "asked"] == "≤ 1e-09"
+    assert theory.verdicts(numbers(size=0.3), tolerance=0.4)["outcome"].all()
+    printed = theory.verdict_table(table)
+    assert printed["found"].iloc[0] == "2e-09 (asked: ≤ 1e-09)" and printed["outcome"].iloc[0] == "**fails**"
+    assert printed["statement"].iloc[0] == "Eq. 19, gradient" and "*(reading)*" in printed["statement"].iloc[1]
+    assert r"P_test(y\|x) ≈ P_train(y\|x)" in printed["statement"].tolist()  # of no equation, so without a mark
+
+
+def test_a_line_without_a_number_is_refused():
+    found = numbers()
+    del found["hard"]
+    with pytest.raises(StudyError, match="differ in hard, odd"):
+        theory.verdicts({**found, "odd": 1.0}, 0.1)
+
+
+def test_an_equation_counts_once_whatever_its_readings():
+    equations = {line.equation for line in theory.LINES.values()} - {""}
+    said = theory.verdict_takeaway(theory.verdicts(numbers(), 0.1))
+    alone = [e for e in equations if not any(line.printed for line in theory.LINES.values() if line.equation == e)]
+    assert f"Of {len(equations)} equations" in said and f"as printed: {len(equations) - len(alone)} (Eq. 19, " in said
+    assert said.endswith("in no line above: 0 (none)" + said[said.index(". Where") :])
+    bad = numbers(printed=3, kl=1, product=2, log_probability=2, linear=9.0, gradient=1.0, joint=1)
+    said = theory.verdict_takeaway(theory.verdicts(bad, 0.1))
+    assert r"Eq. 5 (GenErr as Eq. 26, y from one p(y\|x), assuming: p(y\|x,e) stays)" in said
+    said_once = theory.verdict_takeaway(theory.verdicts(numbers(**{"backdoor, simulated": 6.0}), 0.1))
+    assert "Eq. 6 (truncated factorisation)" in said_once  # printed lines that fail in part do not count as printed
+    assert "in no line above: 2 (Eq. 19, Eq. 24)." in said and "need assumptions that the paper does not state." in said
+
+
+def test_readings_count_the_checks_that_exceed_the_bound():
+    rng = np.random.default_rng(0)
+    drift, random = theory.drifting(theory.toy_world(), 1.0, 3), theory.random_bounds(50, rng)
+    table = theory.reading_table(drift, random)
+    assert table.loc[["eq26", "joint"], "exceeded"].tolist() == [0, 0] and list(table.index) == list(theory.READINGS)
+    assert table.loc["printed", "exceeded"] == 3 and table.loc["product", "counter-example: GenErr"] == pytest.approx(
+        0.64
+    )
+    calm = theory.reading_table(drift[drift["drift"] == 0], random.clip(upper=1.0))  # only counter-examples are left
+    assert calm.loc["product", "exceeded"] == 1
 
 
 def test_case_lines_draw_each_case():

@@ -76,6 +76,31 @@ def test_released_objective_sees_no_history_and_with_everything_undone_is_dpo(pa
     assert table["preference_loss"]["all undone"] == pytest.approx(dpo.item(), abs=1e-4)
 
 
+def test_a_copy_that_attends_to_nothing_is_clamped_by_its_own_log_ratios(pairs, monkeypatch):
+    index = [0, 3, 4]
+    policy, reference, *sides = walkthrough.padded(pairs, index)
+    for name, keep in (("everything", 1), ("nothing", 0)):
+        ratios = []
+        for tokens in sides:
+            ours, theirs = (
+                model(input_ids=tokens.input_ids, attention_mask=keep * tokens.attention_mask).logits.log_softmax(-1)
+                for model in (policy, reference)
+            )
+            gaps = (ours - theirs)[:, :-1]
+            targets = tokens.labels[:, 1:].clamp_min(0)
+            ratios += gaps.gather(-1, targets[..., None]).sum((1, 2)).tolist()
+        for rank in range(1, 6):  # limits between any two log-ratios: each share is met by its own ratios only
+            limit = np.sort(np.abs(ratios))[rank - 1 : rank + 1].mean()
+            monkeypatch.setattr(walkthrough, "CLAMP", float(limit))
+            assert walkthrough.clamped_by_attention(pairs, index)[name] == pytest.approx(1 - rank / 6)
+
+
+@pytest.mark.parametrize(("lines", "shown"), [(["step 1", "step 2"], "step 2\n"), ([], "")])
+def test_of_a_training_the_last_line_is_shown(lines, shown, capsys):
+    assert walkthrough.last_line(lambda: [print(line) for line in lines]) == [None] * len(lines)
+    assert capsys.readouterr().out == shown
+
+
 def test_an_unknown_run_is_refused():
     with pytest.raises(StudyError, match="does not exist"):
         walkthrough.training_pairs("results/runs/none", 1, 1.0)
