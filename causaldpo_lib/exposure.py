@@ -43,6 +43,14 @@ def expose(
 
     What is not drawn is in no split, nor has it any part in training.
 
+    Options:
+        ``variant``: ``imputed``, likely positives of a model among the test, or ``propensity``, nothing imputed.
+        ``positive_threshold``: the predicted rating that an imputed pair has to exceed; the rule for positives of the
+            whole split.
+        ``factors``: number of factors of the SVD that predicts ratings (``imputed``).
+        ``imputed_per_user``: most pairs of a test user that are imputed, those of the highest predicted ratings.
+        ``resampled_share``: share of the observed test that is drawn by inverse propensities (``propensity``).
+
     Raises:
         StudyError: an unknown variant, a share outside 0 to 1, or ratings from which nothing can be imputed.
     """

@@ -32,7 +32,7 @@ CLAIMS = {
     "Aligned knowledge helps more than KAR": (LAST, "kar"),
     "What helps is said about the user: aligned knowledge beats that of others": (LAST, "shuffled"),
 }
-SEEN = ("supported", "contradicted")
+SEEN = {"supported": "support", "contradicted": "contradict"}
 WORDS = {"raised": "supported", "lowered": "contradicted", NOTHING: "not detected"}
 
 
@@ -98,31 +98,41 @@ def counts(found: Frame) -> Frame:
 
 
 def takeaway(found: Frame) -> str:
-    """What is left of the claims, those that are supported and contradicted anywhere by name, in Markdown."""
-    said = []
-    for word in SEEN:
-        names = "; ".join(found.loc[found["outcome"] == word, "claim"].unique())
-        said.append(f"{word.capitalize()} in at least one test: {names}." if names else f"None is {word} in any test.")
+    """What is left of the claims: how many of all tests support and contradict them, which ones, in Markdown."""
+    said, total = [], len(found)
+    for word, verb in SEEN.items():
+        tests = found.loc[found["outcome"] == word, "claim"].value_counts(sort=False)
+        if tests.empty:
+            said.append(f"None {verb}s its claim.")
+            continue
+        count = tests.sum()
+        once = (tests == 1).all()
+        names = "; ".join(tests.index if once else [f"{claim} ({times})" for claim, times in tests.items()])
+        each = "one each of: " if once and count > 1 else "" if once else "by claim: "
+        does = f"{verb} their claim" if count > 1 else f"{verb}s its claim"
+        said.append(f"{count} of {total} tests {does}, {each}{names}.")
+    nothing = int((found["outcome"] == WORDS[NOTHING]).sum())
     half = (found["high"] - found["low"]) / 2
     return (
-        f"**Takeaway.** *NDCG@5 on held-out lists, {len(found)} tests of {found['claim'].nunique()} claims.* "
-        f"{' '.join(said)} What is not detected is not refuted: half-widths are {half.min():.1f} to {half.max():.1f} "
-        "points."
+        f"**Takeaway.** *NDCG@5 on held-out lists, {total} tests of {found['claim'].nunique()} claims.* "
+        f"{' '.join(said)} {nothing} of {total} detect nothing, which is not *no effect*: half-widths are "
+        f"{half.min():.1f} to {half.max():.1f} points."
     )
 
 
 def levels_takeaway(tables: Tables, setting: str) -> str:
-    """The best and the worst row of each re-ranker under shift, in Markdown."""
+    """The lowest and the highest row of each re-ranker under shift, which no test has compared, in Markdown."""
     rows, said = select(levels(tables, setting), split="ood_test"), []
     for method in rows["method"].unique():
         own = rows[rows["method"] == method].sort_values("mean")
         low, high = own.iloc[0], own.iloc[-1]
         said.append(
-            f"{look(method).label} from {low['mean']:.1f} % ({low['name']}) to {high['mean']:.1f} % ({high['name']})"
+            f"{look(method).label} {low['mean']:.1f} % ({low['name']}) and {high['mean']:.1f} % ({high['name']})"
         )
     count = select(tables["reranking"], setting=setting, split="ood_test")[["users", "seeds"]].iloc[0]
     return (
-        f"**Takeaway.** *{setting}, {SPLITS['ood_test']}, {count['users']:,} lists, {count['seeds']} seeds.* NDCG@5: "
+        f"**Takeaway.** *{setting}, {SPLITS['ood_test']}, {count['users']:,} lists, {count['seeds']} seeds.* NDCG@5, "
+        f"lowest and highest of the {rows['row'].nunique()} rows, untested (the highest of several is high by chance): "
         f"{'; '.join(said)}."
     )
 
@@ -146,11 +156,12 @@ def curve_takeaway(tables: Tables, setting: str) -> str:
         said += [f"{where}: {', '.join(parts)}"] if parts else []
     first = select(tables["reranking_rounds"], setting=setting, metric="reward", round=0)
     worth = [f"{look(row.method).label} {100 * (row.mean - row.blank_reward):+.2f}" for row in first.itertuples()]
-    ties = first["tied"] / (first["tied"] + first["pairs"])
+    ties = 100 * first["tied"] / (first["tied"] + first["pairs"])
+    low, high = (f"{value:.0f}" for value in (ties.min(), ties.max()))
     return (
         f"**Takeaway.** *{setting}.* Change of a sampled text's mean reward by the last round, {'; '.join(said)}. "
         f"Before any alignment a text is worth, against no text (points): {', '.join(worth)}; all texts of a user tie "
-        f"for {100 * ties.min():.0f} to {100 * ties.max():.0f} % of the users."
+        f"for {low if low == high else f'{low} to {high}'} % of the users."
     )
 
 

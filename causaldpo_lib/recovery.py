@@ -91,6 +91,7 @@ BATCHES = 32  # of a size, at most
 BATCH_TARGETS = (TRUTH, "history_genre")
 SHAPES = {"environments": "environments K", "noise_share": "noise (%)", "membership_entropy": "membership entropy"}
 LEVEL, DRAWS = 0.05, 199  # of chance: the share that counts as rare, and how often labels are dealt anew
+SAMPLES, SEEDS = (512, 1024, 2048, 4096), (1, 2, 3)  # prompts and seeds by which the library's rule is tried again
 PENALTIES = (0.0003, 0.003, 0.03)  # inverse strengths of the probe's: hundreds of directions, some thousand prompts
 PROBE, BEST = "supervised probe", "best clusterer, in hindsight"
 
@@ -453,6 +454,57 @@ def write(study: Any, limit: int = PROMPTS) -> list[Path]:
     return write_tables(study.folder, collect(study, limit))
 
 
+# --- how much hangs on the sample, for notebook 05 ---
+
+
+def by_sample(data: str | Path, sft: str | Path, sizes: Sequence[int] = SAMPLES, seeds: Sequence[int] = SEEDS) -> Frame:
+    """What the library's rule finds in samples of a data run's training prompts, by the states of a fine-tuned run.
+
+    A sample is drawn as an alignment draws its pairs, from a generator of its seed, so that the row of an alignment's
+    ``train_examples`` and ``seed`` has the environments that its penalty is between. Sizes that are larger than the
+    training part stand for all of it, once.
+
+    Returns:
+        prompts, seed, environments, method, noise_share (fraction), membership_entropy (1: flat rows).
+    """
+    folder = load_run(data, "data").folder
+    items, examples = (pd.read_parquet(folder / f"{name}.parquet") for name in ("items", "examples"))
+    train = examples[examples["split"] == "train"]
+    draws = {
+        (size, seed): np.sort(np.random.default_rng(seed).choice(len(train), size, replace=False))
+        for size in sorted({min(size, len(train)) for size in sizes})
+        for seed in seeds
+    }
+    needed = np.unique(np.concatenate(list(draws.values())))
+    texts = prompts.prompt_table(train.iloc[needed], items.set_index("item")["title"])["prompt"].tolist()
+    model, tokenizer = backbone.load_checkpoint(load_run(sft, "sft").folder / "checkpoint")
+    states = prompt_states(model, tokenizer, texts)["last"]
+    rows = []
+    for (size, seed), drawn in draws.items():
+        own = states[np.searchsorted(needed, drawn)]
+        inference = EnvironmentInference(seed=seed).fit(own)
+        found = inference.diagnostics(inference.memberships(own))
+        names = {"environments": "environments", "method": "environment_method", "noise_share": "noise_share"}
+        names["membership_entropy"] = "membership_entropy"
+        rows.append({"prompts": size, "seed": seed, **{name: found[key] for name, key in names.items()}})
+    return pd.DataFrame(rows)
+
+
+def samples_takeaway(found: Frame) -> str:
+    """How the number of environments changes with the sample and the seed, in Markdown; ``found`` of `by_sample`."""
+    said = [
+        f"{size:,}: {', '.join(map(str, part['environments']))}" for size, part in found.groupby("prompts", sort=True)
+    ]
+    ways = "; ".join(f"{method} in {count}" for method, count in found["method"].value_counts().items())
+    low, high = found["environments"].min(), found["environments"].max()
+    what = f"{low}" if low == high else f"{low} to {high}"
+    return (
+        f"**Takeaway.** In {len(found)} samples of the training prompts one rule finds {what} environments (by "
+        f"prompts, a number per seed: {'; '.join(said)}), with {span(found['noise_share'], 0, 100)} % noise. Its ways: "
+        f"{ways}. An alignment's environments are those of its own sample and seed."
+    )
+
+
 # --- reading them ---
 
 
@@ -623,7 +675,8 @@ def ceiling_takeaway(tables: Tables, strength: float) -> str:
         supervised, best = (select(both, features=name, reader=reader)["ami"] for reader in (PROBE, BEST))
         said.append(
             f"{FEATURES[name]}: the probe has {accuracy}, AMI {span(supervised)}; the best clusterer, chosen in "
-            f"hindsight, {span(best)}, {best.mean() / max(supervised.mean(), 1e-12):.0%} of it"
+            f"hindsight, reaches {span(best)}, {100 * best.mean() / max(supervised.mean(), 1e-12):.0f} % of the "
+            "probe's AMI"
         )
     return f"**Takeaway.** *Strength {strength:g}.* {'. '.join(map(_upper, said))}."
 

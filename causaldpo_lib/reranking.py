@@ -17,6 +17,7 @@ validation lists (``validation``), and their change since round 0 (``..._gain``)
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ TABLES = ("reranking", "reranking_paired", "reranking_rounds", "reranking_exampl
 REWARDS = ("reward", "validation")
 COUNTED = ("pairs", "tied", "unusable", "empty", "over_long", "distinct", "texts", "gap", "words", "blank_reward")
 SHOWN = ("ndcg@5", "map@5")  # of the text for the console
+# A part of a text as an embedded generator is taught it (``knowledge.summary``): a factor, a manner, values.
+VALUE = r"[^\s,;\ufffd](?:[^,;\ufffd]*[^\s,;\ufffd])?"
+FORM = re.compile(rf"\w+ (?:mostly|unusually often) {VALUE}(?:, {VALUE})*")
 LABELS = {
     "initial": "initial order",
     "backbone": "re-ranker alone",
@@ -225,6 +229,30 @@ def result_table(tables: Tables, setting: str, split: str, metrics: Sequence[str
 def markdown_table(folder: str | Path, setting: str, split: str, metric: str = SHOWN[0]) -> str:
     """The same of one metric in Markdown, for notebooks and the README."""
     return markdown(result_table(read(folder), setting, split, [metric]))
+
+
+def well_formed(text: str) -> bool:
+    """Whether a text has the form that an embedded generator is taught, in all its parts: no word is broken off."""
+    return all(FORM.fullmatch(part) for part in text.split("; "))
+
+
+def broken_texts(tables: Tables) -> str:
+    """How many of the shown user's texts lack the taught form in each round, in Markdown.
+
+    Empty without a shown user, and where no text of round 0 has it: a large generator writes in its own words.
+    """
+    rows = select(tables["reranking_example"], part="text")
+    broken = ~rows["text"].fillna("").map(well_formed).astype(bool)
+    if broken[rows["round"] == 0].all():
+        return ""
+    counted = broken.groupby(rows["round"]).agg(["sum", "count"])
+    said = ", ".join(
+        f"{row['sum']} of {row['count']} in round {number:.0f}" for number, row in counted.astype(int).iterrows()
+    )
+    return (
+        f"**Takeaway.** Of this user's texts, greedy and sampled, {said} are broken: not in the form that was taught, "
+        "of a factor, *mostly* or *unusually often*, and values. They are one user's, and no estimate for all."
+    )
 
 
 def summary_text(folder: str | Path) -> str:

@@ -34,7 +34,11 @@ CHUNK = 1 << 20  # examples whose histories are gathered at a time, which bounds
 
 
 def iid(positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float = 0.2) -> np.ndarray:
-    """No shift, the control: ``ood_share`` of the interactions at random."""
+    """No shift, the control: the test is drawn at random.
+
+    Options:
+        ``ood_share``: share of the interactions, drawn at random, that make the out-of-distribution test.
+    """
     ood = np.zeros(len(positives), dtype=bool)
     ood[rng.choice(len(positives), round(ood_share * len(positives)), replace=False)] = True
     return ood
@@ -48,8 +52,11 @@ def popularity(
     Item i with n_i interactions gives min(c, n_i // 2) at random, with the smallest c whose sum reaches the
     target; the surplus is taken back at random from the items that gave c. So the test's histogram over
     items is as flat as it can be while every item keeps at least half of its interactions. (The paper:
-    "maintaining a balanced distribution of item popularity", no rule given.) A ``cap`` other than 0 bounds c, and
-    the test is then as small as that makes it.
+    "maintaining a balanced distribution of item popularity", no rule given.)
+
+    Options:
+        ``ood_share``: share of the interactions that the test aims at, as evenly over items as they allow.
+        ``cap``: most test interactions of an item, which may leave the test smaller than its share; 0: no bound.
 
     Raises:
         StudyError: a negative cap.
@@ -68,6 +75,10 @@ def temporal(
 
     Interactions of the same time are never cut apart: the cut moves to the nearer end of theirs, so the share
     is approximate, and a user whose interactions all have one time gives none.
+
+    Options:
+        ``ood_share``: share of the interactions, the latest ones, that make the test.
+        ``scope``: whose latest: ``global``, one cut in time for all, or ``user``, a cut for each user (B.1).
 
     Raises:
         StudyError: the data have no times, or an unknown scope.
@@ -101,6 +112,10 @@ def mixed(positives: pd.DataFrame, rng: np.random.Generator, *, ood_share: float
     The pools are disjoint, as one lies after the global cut in time and one before it; `draw_mixture` draws the test
     from them. Training is what is earlier than the cut and in neither pool.
 
+    Options:
+        ``ood_share``: size of each pool: this share of all interactions, the latest ones, and then this share of the
+            earlier ones, balanced over items.
+
     Raises:
         StudyError: the data have no times.
     """
@@ -126,6 +141,10 @@ def draw_mixture(
     The shares are exact: with popular_share = a / b, b at most 100, the test has b k interactions for the largest k
     that both pools can serve, T = min(|O1| / share, |O2| / (1 - share)) up to that rounding. What is not drawn is in
     no split. (B.1: 80 % and 20 %; that interactions are its unit is this study's reading.)
+
+    Options:
+        ``ood_share``: that of `mixed`, by which the pool of the future is found again.
+        ``popular_share``: share of the test that comes from the popularity pool; the rest comes from the future.
 
     Raises:
         StudyError: ``popular_share`` is not between 0.01 and 0.99.
@@ -250,10 +269,14 @@ def select_positives(
 ) -> pd.DataFrame:
     """Keep the positive interactions of users and items that have enough of them.
 
-    Positive: a rating of at least ``positive_threshold``, or above it if ``strict`` (the paper's rule).
-    Enough: ``min_user`` a user and ``min_item`` an item. With ``filter_order`` ``positives_first`` both count positive
-    interactions, and are applied until both hold, or once to the same counts if not ``iterative``; with
-    ``users_first`` a user's interactions of any rating count, before the positive ones are taken.
+    Options:
+        ``positive_threshold``: the least rating that is positive; a dataset's own rule comes before the default.
+        ``strict``: whether a positive rating has to be above ``positive_threshold`` (the paper's rule).
+        ``min_user``: interactions that a user needs to be kept.
+        ``min_item``: positive interactions that an item needs to be kept.
+        ``filter_order``: ``positives_first``: ``min_user`` counts positive interactions; ``users_first``: those of
+            any rating, before the positive ones are taken.
+        ``iterative``: whether ``min_user`` and ``min_item`` are applied until both hold, or once to the same counts.
 
     Raises:
         StudyError: an unknown order, or nothing is left.
@@ -296,9 +319,11 @@ def cut_inner(
 ) -> pd.DataFrame:
     """Add ``split``: ood_test where ``ood``, else train, validation, iid_test in the shares of ``inner``.
 
-    ``inner_order`` is ``random``, which makes iid_test what its name says, or ``chronological``: train before
-    validation before iid_test, cut in time as `temporal` does for all users at once. (The paper gives the shares
-    alone; its authors' released splits of a sibling project are 5:1:2.)
+    Options:
+        ``inner``: parts that train, validation and iid_test get of what is not ood_test. (Those of the paper; its
+            authors' released splits of a sibling project are 5:1:2.)
+        ``inner_order``: how these are cut: ``random``, which makes iid_test what its name says, or ``chronological``:
+            train before validation before iid_test, for all users at once. (The paper does not say.)
 
     An item of the OOD test that has interactions in the rest has one in train: if the cut gave it none, one
     moves there. Where both tests are to stay exchangeable, every item has one, taken from whichever part.
@@ -333,8 +358,11 @@ def cut_inner(
 def drop_unseen(split: pd.DataFrame, *, unseen: str = "keep") -> pd.DataFrame:
     """What becomes of OOD interactions whose item has none in train, such as a new item of the test period.
 
-    ``keep`` keeps them: a new item is part of a shift in time. ``drop`` leaves them out, as the authors' released
-    splits of a sibling project do. Under ``popularity`` there are none (see `cut_inner`).
+    Under ``popularity`` there are none (see `cut_inner`).
+
+    Options:
+        ``unseen``: OOD interactions of items without training: ``keep``, as a new item is part of a shift in time, or
+            ``drop``, as the authors' released splits of a sibling project do.
 
     Raises:
         StudyError: an unknown choice.

@@ -341,8 +341,11 @@ def differences(study: Tables) -> str:
 def choices(shifts: Mapping[str, Any] = SPLITS, datasets: Mapping[str, Callable[..., Any]] = DATASETS) -> Frame:
     """Every option of filters, cuts, shifts and loaders with its default, as the functions' signatures say.
 
-    Columns: where (``every split``, shift or dataset), option, default, meaning (the sentence of the function's
-    docstring that first names it, else its first one). The simulator, which stands for no dataset, is left out.
+    Columns: where (``every split``, shift or dataset), option, default, meaning (the option's own line of the
+    function's docstring). The simulator, which stands for no dataset, is left out.
+
+    Raises:
+        StudyError: an option has no line of its own.
     """
     every = {shift: shift_functions(shift) for shift in shifts}
     common = [function for function in next(iter(every.values())) if all(function in own for own in every.values())]
@@ -364,10 +367,17 @@ def _shown_default(default: Any) -> str:
 
 
 def _meaning(function: Callable[..., Any], option: str) -> str:
-    text = re.sub(r"\s+", " ", (inspect.getdoc(function) or "").partition("Raises:")[0].replace("|", "/"))
-    sentences = re.split(r"(?<=\.) |(?<=\.\)) ", text)
-    named = [s for s in sentences if f"``{option}``" in s] or [s for s in sentences if re.search(rf"\b{option}\b", s)]
-    return (named or sentences)[0].replace("``", "`").removeprefix("Args: ").strip("() ")
+    """What a docstring's line of an option says: that which begins with its name in backticks, and what hangs on it.
+
+    Sentences elsewhere that name the option are about something else: a default, a quirk, another option.
+    """
+    said = re.search(rf"^( *)``{option}``: (.*(?:\n\1 +\S.*)*)", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    if said is None:
+        raise StudyError(
+            f"option {option!r} of {function.__name__} has no line of its own in the docstring: add one that begins "
+            f"with ``{option}``: and says what it means"
+        )
+    return re.sub(r"\s+", " ", said[2]).replace("``", "`").replace("|", "/").rstrip(".")
 
 
 # --- sentences and text ---

@@ -106,11 +106,23 @@ def test_outcomes_are_counted_by_claim(tables):
     row = counts.loc["What helps is said about the user: aligned knowledge beats that of others"]
     assert row.tolist() == [0, 0, 2, 2, "+0.00 ... +0.00"]
     assert counts.loc["Alignment adds to unaligned knowledge", "contradicted"] == 1
-    text = reasoning.takeaway(reasoning.claims(tables))
-    assert "Contradicted in at least one test: Alignment adds to unaligned knowledge. What is not" in text
+
+
+def test_the_verdict_counts_all_tests_beside_those_that_it_names(tables):
+    found = reasoning.claims(tables)
+    text = reasoning.takeaway(found)
+    first, second, last = (
+        "A re-ranker orders better than",
+        "Unaligned knowledge helps the",
+        "Alignment adds to unaligned",
+    )
+    assert f"2 of 6 tests support their claim, one each of: {first} the initial ranker; {second} re-ranker. " in text
+    assert f"1 of 6 tests contradicts its claim, {last} knowledge. 3 of 6 detect nothing" in text
     assert "half-widths are 1.0 to 4.0 points" in text
-    found = reasoning.claims(tables).assign(outcome="not detected")
-    assert "None is supported in any test. None is contradicted in any test." in reasoning.takeaway(found)
+    none = reasoning.takeaway(found.assign(outcome="not detected"))
+    assert "None supports its claim. None contradicts its claim. 6 of 6 detect nothing" in none
+    twice = reasoning.takeaway(pd.concat([found, found]))
+    assert f"4 of 12 tests support their claim, by claim: {first} the initial ranker (2);" in twice
 
 
 def test_levels_begin_with_the_initial_order_and_are_in_percent(tables):
@@ -119,7 +131,8 @@ def test_levels_begin_with_the_initial_order_and_are_in_percent(tables):
     assert found.loc[found["row"] == "knowledge", "mean"].tolist() == pytest.approx([45.0] * 4)
     text = reasoning.levels_takeaway(tables, KEY["setting"])
     assert "1,500 lists, 3 seeds" in text
-    assert "PRM from 25.0 % (initial order) to 45.0 % (+ unaligned knowledge)" in text
+    assert "lowest and highest of the 7 rows, untested (the highest of several is high by chance): DLCM" in text
+    assert "PRM 25.0 % (initial order) and 45.0 % (+ unaligned knowledge)" in text
 
 
 def test_the_curve_is_of_gains_and_its_takeaway_of_the_last_round(tables):
@@ -127,7 +140,9 @@ def test_the_curve_is_of_gains_and_its_takeaway_of_the_last_round(tables):
     assert set(found["metric"]) == {"reward_gain", "validation_gain"} and len(found) == 2 * 3 * 2
     text = reasoning.curve_takeaway(tables, KEY["setting"])
     assert "PRM +4.00 points [+3.00, +5.00]; on others: DLCM +0.00" in text
-    assert "against no text (points): DLCM +4.00, PRM +4.00; all texts of a user tie for 25 to 25 %" in text
+    assert "against no text (points): DLCM +4.00, PRM +4.00; all texts of a user tie for 25 % of" in text
+    tied = tables["reranking_rounds"].assign(tied=tables["reranking_rounds"]["method"].map({"dlcm": 20, "prm": 60}))
+    assert "tie for 25 to 50 % of" in reasoning.curve_takeaway({**tables, "reranking_rounds": tied}, KEY["setting"])
 
 
 def test_the_shown_user_survives_writing(tables):

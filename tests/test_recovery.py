@@ -16,7 +16,8 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from causaldpo_lib import packing, plots, prompts, recovery, trainers
 from causaldpo_lib import study as studies
-from causaldpo_lib.backbone import save_checkpoint
+from causaldpo_lib.backbone import load_checkpoint, save_checkpoint
+from causaldpo_lib.environments import EnvironmentInference
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import NOTEBOOKS
 from causaldpo_lib.recovery import TRUTH
@@ -292,6 +293,33 @@ def test_unfinished_runs_are_named(laid_out, capsys):
     assert said == "error: study made: not finished: sft seed 2 (weak): run `make study STUDY=made` first\n"
 
 
+def test_a_sample_is_clustered_as_an_alignment_of_its_seed_and_size_clusters_it(made):
+    data, sft = (job.folder for job in (made.jobs[0], made.jobs[2]))
+    found = recovery.by_sample(data, sft, sizes=(40, 50, 1000, 2000), seeds=(1, 2))
+    assert found[["prompts", "seed"]].to_numpy().tolist() == [[n, seed] for n in (40, 50, 60) for seed in (1, 2)]
+    examples = pd.read_parquet(data / "examples.parquet")
+    train = examples[examples["split"] == "train"]
+    own = train.iloc[np.sort(np.random.default_rng(2).choice(len(train), 40, replace=False))]  # as stages.align draws
+    titles = pd.read_parquet(data / "items.parquet").set_index("item")["title"]
+    model, tokenizer = load_checkpoint(sft / "checkpoint")
+    texts = prompts.prompt_table(own, titles)["prompt"].tolist()
+    states = recovery.prompt_states(model, tokenizer, texts)["last"]
+    inference = EnvironmentInference(seed=2).fit(states)
+    row = found[(found["prompts"] == 40) & (found["seed"] == 2)].iloc[0]
+    expected = inference.diagnostics(inference.memberships(states))
+    assert row["membership_entropy"] == pytest.approx(expected["membership_entropy"], abs=1e-5)
+    assert row[["environments", "method"]].tolist() == [expected["environments"], inference.method]
+
+
+def test_the_sentence_about_samples_names_every_number_of_environments():
+    found = pd.DataFrame({"prompts": [512, 512, 1024], "seed": [1, 2, 1], "environments": [4, 7, 3]})
+    found = found.assign(method=["kmeans(k=4)", "dbscan(min_samples=20)", "kmeans(k=4)"], noise_share=[0.0, 0.59, 0.0])
+    said = recovery.samples_takeaway(found)
+    assert "3 to 7 environments (by prompts, a number per seed: 512: 4, 7; 1,024: 3), with 0 to 59 % noise" in said
+    assert "kmeans(k=4) in 2; dbscan(min_samples=20) in 1" in said
+    assert "finds 4 environments" in recovery.samples_takeaway(found.assign(environments=4))
+
+
 def test_a_study_without_known_environments_is_refused(laid_out, monkeypatch):
     monkeypatch.setattr(laid_out, "jobs", [laid_out.jobs[1]])
     with pytest.raises(StudyError, match="study made: no setting knows its true environments: name a study with"):
@@ -362,7 +390,8 @@ def test_sentences_follow_the_numbers(folder, tmp_path):
     assert "the main genre of the history is what 12 of 12" in recovery.instead_takeaway(tables, 3.0)
     said = recovery.ceiling_takeaway(tables, 3.0)
     assert "Last prompt token (this library): the probe has 60.0 % right, the majority 50.0 %, AMI 0.100;" in said
-    assert "0.010, 10% of it" in said and "First token (released code): the probe reads nothing reliable" in said
+    assert "the best clusterer, chosen in hindsight, reaches 0.010, 10 % of the probe's AMI" in said
+    assert "First token (released code): the probe reads nothing reliable" in said
     assert recovery.ceiling_takeaway(tables, 0.0).count("reads nothing reliable") == 3
     assert "K 4, noise 20 %, entropy 0.70." in recovery.clusters_takeaway(tables, "last")
     assert "a single environment in 6 of 6 runs" in recovery.clusters_takeaway(tables, "first")

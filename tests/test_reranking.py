@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from causaldpo_lib import costs, pipeline, reranking, stages, stats, study, workflow
+from causaldpo_lib import costs, knowledge, pipeline, reranking, stages, stats, study, workflow
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.paths import PARAMS
 from causaldpo_lib.rerankers import RERANKERS
@@ -209,3 +209,33 @@ def test_the_learning_curve_is_of_sampled_texts_and_paired_by_user(tmp_path):
 def test_a_stage_has_its_costs(finished):
     rows = pd.DataFrame(costs.cost_rows(jobs(finished)))
     assert set(rows.loc[rows["stage"] == "dpo4rec", "runs"]) == {2}
+
+
+def test_what_a_generator_is_taught_is_whole_and_what_breaks_off_is_not():
+    values = {
+        "genre": [("Sci-Fi", "Children's"), ("Film-Noir",), ("War",)],
+        "popularity": [("widely known",), ("known",), ("little known",)],
+    }
+    shares = knowledge.usual_shares(values, np.array([3, 2, 1]))
+    rng = np.random.default_rng(0)
+    taught = {knowledge.summary(rng.integers(3, size=4).tolist(), values, shares, rng) for _ in range(100)}
+    assert len(taught) > 10 and all(map(reranking.well_formed, taught))
+    broken = (
+        "genre unusually often Comedy,,; popularity mostly known",
+        "genre mostlyB",
+        "genre unusually often\ufffd",
+        "",
+    )
+    broken += ("popularity mostly widely known,", "genre mostly Horror, ", "y period mostly 1990s", "mostly known")
+    assert not any(map(reranking.well_formed, broken))
+
+
+def test_broken_texts_are_counted_by_round():
+    def shown(*rounds):
+        texts = [[{"number": n - 1, "text": text, "reward": 0.0} for n, text in enumerate(texts)] for texts in rounds]
+        return {"reranking_example": reranking.example_rows({"rounds": [{"pair": [], "texts": t} for t in texts]})}
+
+    said = reranking.broken_texts(shown(["genre mostly War", ""], ["genre mostlyB", "genre mostly War,"]))
+    assert "1 of 2 in round 0, 2 of 2 in round 1 are broken" in said
+    assert reranking.broken_texts(shown(["The user likes quiet films."])) == ""  # in its own words
+    assert reranking.broken_texts({"reranking_example": reranking.example_rows({})}) == ""

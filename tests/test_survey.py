@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import matplotlib
@@ -308,6 +309,40 @@ def test_choices_hold_every_option_with_its_default():
         own = {option for where, option, _ in found if where == f"dataset {name}"}
         assert own == (set() if name == "simulated" else set(options_of(loader)))
     assert table["meaning"].str.len().gt(10).all() and not table["meaning"].str.contains("\\|").any()
+
+
+def test_a_meaning_is_that_of_the_options_own_line():
+    table = survey.choices()
+    functions = {f"dataset {name}": [loader] for name, loader in DATASETS.items()}
+    functions |= {f"shift {shift}": shift_functions(shift) for shift in SPLITS}
+    functions["every split"] = shift_functions("iid")
+    for row in table.itertuples():
+        lines = [line.strip() for each in functions[row.where] for line in inspect.getdoc(each).splitlines()]
+        begun = [line.partition(": ")[2] for line in lines if line.startswith(f"`{row.option}`: ")]
+        assert any(
+            begin and row.meaning.replace("`", "").startswith(begin.replace("`", "").rstrip(".")) for begin in begun
+        ), row
+    said = table.set_index(["where", "option"])["meaning"]
+    assert said["dataset custom", "`user`"] == "name of the column with the user's id"
+    assert said["every split", "`iterative`"].endswith("both hold, or once to the same counts")
+
+
+def test_what_hangs_on_an_options_line_belongs_to_it_and_nothing_else_does():
+    def loader(folder, *, share=0.5, kind="a", lost=1):
+        """Loads with ``lost`` and ``kind``: a sentence that names options.
+
+        Options:
+            ``share``: of the rows
+                that are kept.
+            ``kind``: ``a``, or ``b``.
+        Raises:
+            StudyError: ``lost``.
+        """
+
+    assert survey._meaning(loader, "share") == "of the rows that are kept"
+    assert survey._meaning(loader, "kind") == "`a`, or `b`"
+    with pytest.raises(StudyError, match="option 'lost' of loader has no line of its own"):
+        survey.choices(datasets={"own": loader})
 
 
 def test_tables_that_are_missing_are_one_sentence(tmp_path, finished):

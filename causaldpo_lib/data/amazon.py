@@ -45,7 +45,9 @@ def load_amazon(folder: Path, *, category: str = "") -> Interactions:
 
     Args:
         folder: holds the files.
-        category: of the files, such as ``All_Beauty``; needed when the folder holds several.
+
+    Options:
+        ``category``: that of the files, such as ``All_Beauty``; needed when the folder holds several.
 
     Raises:
         StudyError: an unknown category; a missing, empty or damaged file; a malformed, truncated or impossible line

@@ -43,7 +43,9 @@ def load_book_crossing(folder: Path, *, implicit: bool = False) -> Interactions:
 
     Args:
         folder: holds the files.
-        implicit: keep the implicit ratings, as rating 0. They are positive only to a split with
+
+    Options:
+        ``implicit``: whether the implicit ratings are kept, as rating 0. They are positive only to a split with
             ``positive_threshold`` 0 and ``strict`` false.
 
     Raises:

@@ -44,11 +44,16 @@ def load_custom(
 
     Args:
         folder: holds the file.
-        file: its name, or its path below ``folder``.
-        user, item, title: names of the columns.
-        rating, time: names of the columns, or the empty text for none.
-        positive_threshold: the least rating that is positive, unless a split says otherwise.
-        strict: a positive rating is above ``positive_threshold`` instead.
+
+    Options:
+        ``file``: the file's name, or its path below ``folder``.
+        ``user``: name of the column with the user's id.
+        ``item``: name of the column with the item's id.
+        ``title``: name of the column with the item's title.
+        ``rating``: name of the column with the rating; the empty text: there is none.
+        ``time``: name of the column with the time of the interaction; the empty text: there is none.
+        ``positive_threshold``: the least rating that is positive, unless a split says otherwise.
+        ``strict``: whether a positive rating has to be above ``positive_threshold``.
 
     Raises:
         StudyError: a missing, empty or damaged file; an unknown column; a malformed or truncated row (file and line

@@ -35,7 +35,9 @@ def load_lastfm(folder: Path, *, min_plays: int = 1) -> Interactions:
 
     Args:
         folder: holds the files.
-        min_plays: how often a user has to have played an artist.
+
+    Options:
+        ``min_plays``: how often a user has to have played an artist, for it to count as listened to.
 
     Raises:
         StudyError: a missing or empty file; a malformed, truncated or impossible row (file and line named);
