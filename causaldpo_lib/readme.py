@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -48,10 +49,10 @@ def _kinds(folder: Path) -> str:
     return "\n".join(comparison.kinds_takeaway(kinds).splitlines()[-1] for kinds in found)
 
 
-def _lambda(folder: Path) -> str:
-    """Where the path of lambda leads, with inferred environments and with shuffled ones: notebook 15's text."""
+def _axis(folder: Path, axis: str) -> str:
+    """What one axis of notebook 15 does to the log-probability on the OOD test, as said there."""
     found, known = tables.read(folder), ablations.parameters(folder.name)
-    said = [ablations.takeaway(found, setting, "lambda", known) for setting in tables.settings(found)]
+    said = [ablations.takeaway(found, setting, axis, known) for setting in tables.settings(found)]
     return "\n".join(f"- {text.splitlines()[0].removeprefix('**Takeaway.** ')}" for text in said)
 
 
@@ -88,7 +89,15 @@ def _notebooks(figures: Path) -> str:
     return tables.markdown(rows.assign(notebook=rows["notebook"].str.replace("](", "](notebooks/", regex=False)))
 
 
-PARTS = {"results": _results, "ood": _ood, "made": _made, "claims": _claims, "kinds": _kinds, "lambda": _lambda}
+PARTS = {
+    "results": _results,
+    "ood": _ood,
+    "made": _made,
+    "claims": _claims,
+    "kinds": _kinds,
+    "lambda": partial(_axis, axis="lambda"),
+    "policy": partial(_axis, axis="backdoor"),
+}
 FIRST = {"claims": "reranking.csv"}  # the table whose presence says that a study is published, if not metrics.csv
 ALL = {"takeaway": _takeaway, "verdict": _verdict, "decisive": _decisive, "notebooks": _notebooks}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from causaldpo_lib import takeaways
+from causaldpo_lib import ablations, takeaways
 from causaldpo_lib.ablations import METRICS, PRIMARY, SHORT
 from causaldpo_lib.audit import OURS, printed_rows, published, violations
 from causaldpo_lib.comparison import PENALISED, VARIANTS
@@ -73,7 +73,8 @@ def takeaway(tables: Tables, setting: str) -> str:
         return f"**Takeaway.** *{setting}.* No loss was trained with the penalty and without."
     said = takeaways.answers(tables, setting, "ood_test", PRIMARY, pairs)
     counted = [
-        f"- {title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}." for name, title in METRICS.items()
+        f"- {title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}."
+        for name, title in ablations.measured(tables, setting).items()
     ]
     words = {change(tables, setting, "ood_test", PRIMARY, *pair).word for pair in pairs.values()}
     alike = f"the same for all losses: {words.pop()}" if len(words) == 1 else "not the same for all losses"

@@ -89,7 +89,8 @@ def test_what_the_readme_says_without_numbers_is_so():
     plain = {"sft", "sasrec", "sasrec_bce", "bigrec", "rw", "d3", "random", "popular"}
     aligned = level[[name for name in level.index if name not in plain]]
     assert (aligned < level["random"]).mean() > 0.5
-    assert "DPO has beta 0.1 there and CausalDPO beta 2, and with its lambda of 0.001 the penalty changes nothing" in text
+    said = "DPO has beta 0.1 there and CausalDPO beta 2, and with its lambda of 0.001 the penalty changes nothing"
+    assert said in text
     own = ablations.parameters("published")
     assert [own[name]["loss_options"]["beta"] for name in ("dpo", "causal_dpo")] == [0.1, 2.0]
     assert own["causal_dpo"]["mmd_weight"] == 0.001
