@@ -44,7 +44,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from causaldpo_lib import backbone, grounding, knowledge, rerankers, sasrec, trainers
+from causaldpo_lib import backbone, grounding, knowledge, packing, rerankers, sasrec
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.metrics import list_average_precision, list_ndcg
 from causaldpo_lib.prompts import response_text
@@ -464,7 +464,7 @@ def _aligned(setup: Setup, home: Path, start: str | Path, number: int, draft: Pa
 def _texts(setup: Setup, model: Any, tokenizer: Any, number: int) -> tuple[knowledge.Generated, knowledge.Generated]:
     """A round's sampled texts, and the greedy one of each user, which the evaluation reads."""
     shared = {"max_new_tokens": setup.max_new_tokens, "batch_size": setup.batch_size}
-    shared["context"] = trainers.context_of(model)
+    shared["context"] = packing.context_of(model)
     seed = int(np.random.SeedSequence([setup.seed, number]).generate_state(1)[0])
     args = (model, tokenizer, setup.prompts)
     sampled = knowledge.generate_knowledge(*args, setup.samples, temperature=setup.temperature, seed=seed, **shared)

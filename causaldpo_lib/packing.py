@@ -228,6 +228,17 @@ def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.get_decoder(), model.get_output_embeddings()
 
 
+def context_of(model: nn.Module) -> int:
+    """Tokens of a prompt and its response at all stages: the model's positions, or the window that its attention sees.
+
+    Beyond a window the masks by which rankers let titles share a prompt would show them what the model does not see.
+    Some configurations say neither.
+    """
+    config = decoder_and_head(model)[0].config
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min(limit for limit in (*limits, 2**31) if limit)
+
+
 @contextmanager
 def _last_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """Last-layer states of the forward passes within; the pass itself goes through ``model`` as it is wrapped.

@@ -59,7 +59,7 @@ from causaldpo_lib.grounding import (
     state_encoder,
 )
 from causaldpo_lib.likelihood import catalogue_logps, pieces
-from causaldpo_lib.packing import batches_by_length, decoder_and_head
+from causaldpo_lib.packing import batches_by_length, context_of
 from causaldpo_lib.prompts import check_boundary, encode_prompts, prompt_text, response_text
 
 __all__ = ["CATALOGUE_FILE", "RANKERS", "Catalogue", "Ranking", "agreement", "catalogue_shares", "recommend"]
@@ -470,11 +470,7 @@ class _Task:
             if left < min(k, len(catalogue.items)):
                 raise StudyError(f"masking leaves {left} titles for an example: set k to {left} or less, or mask fewer")
         prefixes, prior = ([[]], [1.0]) if mixture is None else (mixture.tokens, mixture.prior)
-        config = decoder_and_head(model)[0].config
-        # Beyond a sliding window the masks used here would let titles see what the model does not.
-        limits = [getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")]
-        room = min(limit for limit in [*limits, 2**31] if limit)
-        room -= catalogue.trie.paths.shape[1] + max(len(ids) for ids in prefixes)
+        room = context_of(model) - catalogue.trie.paths.shape[1] + max(len(ids) for ids in prefixes)
         if len(prompts):
             check_boundary(tokenizer, prompts[0], response_text(catalogue.titles[0]))
         plain = encode_prompts(tokenizer, prompts, room) if len(prompts) else []

@@ -37,7 +37,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn.utils.rnn import pad_sequence
 
-from causaldpo_lib import backbone, packing, prompts, trainers
+from causaldpo_lib import backbone, packing, prompts
 from causaldpo_lib.amplification import strength_of
 from causaldpo_lib.environments import (
     BatchEnvironments,
@@ -105,7 +105,7 @@ def prompt_states(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: 
 
     One forward pass for all; the last token's are those of ``packing.score_dataset``, which alignment clusters.
     """
-    encoded = prompts.encode_prompts(tokenizer, list(texts), trainers.context_of(model) - 1)
+    encoded = prompts.encode_prompts(tokenizer, list(texts), packing.context_of(model) - 1)
     decoder = packing.decoder_and_head(model)[0]
     device, was_training = next(model.parameters()).device, model.training
     model.eval()

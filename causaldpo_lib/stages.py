@@ -166,9 +166,7 @@ def fine_tune(
         raise StudyError("epochs = 0 leaves nothing to train here: set it above 0, or pretrain an embedded backbone")
     pd.concat(logs, ignore_index=True).to_csv(folder / "log.csv", index=False)
     validation = prompts.prompt_table(examples[examples["split"] == "validation"], titles)
-    features = trainers.encode_features(
-        tokenizer, validation.to_dict("records"), ["chosen"], trainers.context_of(model)
-    )
+    features = trainers.encode_features(tokenizer, validation.to_dict("records"), ["chosen"], packing.context_of(model))
     scores = packing.score_dataset(
         model,
         [feature["input_ids"] for feature in features],
@@ -774,7 +772,7 @@ def _memberships(model: Any, tokenizer: Any, rows: pd.DataFrame, memberships: st
 
 def _prompt_states(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Last-layer states (N, d) of the prompts' last tokens, in the trainer's precision: what environments are of."""
-    encoded = prompts.encode_prompts(tokenizer, texts, trainers.context_of(model) - 1)
+    encoded = prompts.encode_prompts(tokenizer, texts, packing.context_of(model) - 1)
     with torch.autocast(backbone.device().type, torch.bfloat16, enabled=_in_bfloat16()):
         scores = packing.score_dataset(
             model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), tokenizer.pad_token_id, batch_size=64

@@ -36,7 +36,16 @@ from causaldpo_lib.checkpoints import ResumableTrainer, latest_checkpoint, load_
 from causaldpo_lib.environments import GRADIENTS, MEMBERSHIPS, BatchEnvironments
 from causaldpo_lib.errors import StudyError, pick
 from causaldpo_lib.losses import BetaState, LogProbs, check_hyperparameters, hyperparameters
-from causaldpo_lib.packing import PackedBatch, ResponseScores, can_pack, pack, prepend, score_dataset, score_responses
+from causaldpo_lib.packing import (
+    PackedBatch,
+    ResponseScores,
+    can_pack,
+    context_of,
+    pack,
+    prepend,
+    score_dataset,
+    score_responses,
+)
 from causaldpo_lib.prompts import check_boundary, encode_prompts, encode_responses
 
 Feature = dict[str, Any]
@@ -130,11 +139,6 @@ def encode_features(
         }
         for i in range(count)
     ]
-
-
-def context_of(model: nn.Module) -> int:
-    """Tokens that the model can read; some say it under another name, some not at all."""
-    return getattr(model.config, "max_position_embeddings", None) or 2**31
 
 
 def _loaded(model: object, processing_class: object, name: str = "model") -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, Mistral
 
 from causaldpo_lib.causal import with_environment
 from causaldpo_lib.errors import StudyError
-from causaldpo_lib.packing import can_pack, pack, prepend, score_dataset, score_responses
+from causaldpo_lib.packing import can_pack, context_of, pack, prepend, score_dataset, score_responses
 from causaldpo_lib.prompts import check_boundary, encode_prompts, encode_responses, prompt_text, response_text
 
 
@@ -130,6 +130,16 @@ def test_what_cannot_share_prompts_is_scored_apart_with_a_warning(kind, tiny, ro
     states = model.get_decoder()(torch.tensor([prompts[2] + responses[2][1]])).last_hidden_state[0]
     torch.testing.assert_close(scores.prompt_states[2], states[len(prompts[2]) - 1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(scores.response_states[2, 1], states[len(prompts[2]) :].mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_the_context_is_the_shorter_of_positions_and_window(tiny):
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    for window, positions, context in ((8, 128, 8), (256, 128, 128), (None, 128, 128)):
+        config = MistralConfig(sliding_window=window, max_position_embeddings=positions, **heads, **shape)
+        assert context_of(AutoModelForCausalLM.from_config(config)) == context
+    unlimited = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4)
+    assert context_of(AutoModelForCausalLM.from_config(unlimited)) == 2**31
 
 
 def test_an_attention_window_counts_from_the_first_prompt_that_exceeds_it(tiny, rows):

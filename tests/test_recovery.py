@@ -14,7 +14,7 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_mutual_info_score
 
-from causaldpo_lib import packing, plots, prompts, recovery, trainers
+from causaldpo_lib import packing, plots, prompts, recovery
 from causaldpo_lib import study as studies
 from causaldpo_lib.backbone import load_checkpoint, save_checkpoint
 from causaldpo_lib.environments import EnvironmentInference
@@ -131,7 +131,7 @@ def test_states_are_those_that_alignment_clusters_and_the_first_token_says_nothi
     model, tokenizer = tiny
     texts = [row["prompt"] for row in rows]
     states = recovery.prompt_states(model, tokenizer, texts, batch_size=5)
-    encoded = prompts.encode_prompts(tokenizer, texts, trainers.context_of(model) - 1)
+    encoded = prompts.encode_prompts(tokenizer, texts, packing.context_of(model) - 1)
     scores = packing.score_dataset(model, encoded, [[[tokenizer.eos_token_id]]] * len(encoded), 0, 7)
     np.testing.assert_allclose(states["last"], scores.prompt_states.numpy(), atol=1e-4)
     with torch.no_grad():
