@@ -80,8 +80,10 @@ SWEPT = {
     "learning_rate": "learning rate {}",
     "output": "output {}",
     "mmd_estimator": "estimator {}",
+    "memberships": "{} environments",
     "membership_gradient": "gradient {}",
 }
+KINDS = {"oracle_environment": "true", "oracle_history": "popularity"}  # of memberships, in words
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods added later, by name
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
 SPLITS = {"validation": "validation", "iid_test": "IID test", "ood_test": "OOD test"}
@@ -121,7 +123,7 @@ def look(method: str) -> Look:
         key, value = swept
         wording = SWEPT.get(key, f"{key} {{}}")
         wording = wording.removesuffix("s") if value == "1" else wording
-        return look(base)._replace(label=f"{look(base).label}, {wording.format(value)}")
+        return look(base)._replace(label=f"{look(base).label}, {wording.format(KINDS.get(value, value))}")
     if (loss := method.removeprefix("dynamic_")) != method:
         colour, marker = look(loss).colour, "D"
     else:

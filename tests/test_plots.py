@@ -334,6 +334,7 @@ def test_null_histogram_counts_all_draws_and_marks_both_values():
     [
         ("dmpo-negatives_per_prompt-15", "dmpo", "DMPO, 15 negatives"),
         ("dmpo-negatives_per_prompt-1", "dmpo", "DMPO, 1 negative"),
+        ("backdoor-memberships-oracle_environment", "backdoor", "Backdoor, true environments"),
         ("dynamic_dmpo-alpha-0.0", "dynamic_dmpo", "DynamicPO DMPO, alpha 0.0"),
         ("causal_dpo-mmd_weight-10.0", "causal_dpo", "CausalDPO, λ 10.0"),
         ("dpo-train_examples-512", "dpo", "DPO, train_examples 512"),
