@@ -216,6 +216,35 @@ def catalogue_shares(
 
 
 @torch.inference_mode()
+def environment_information(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    catalogue: Catalogue,
+    prompts: Sequence[str],
+    batch_size: int,
+    mixture: Backdoor,
+    *,
+    piece: int = 128,
+) -> float:
+    r"""How far a conditioned policy uses its environment, in nats: the mean over prompts of
+
+    .. math:: I(y; E \mid x) = \sum_k \hat p(k)\, \mathrm{KL}\big(p_C(\cdot \mid x, E = k) \,\|\,
+        \textstyle\sum_j \hat p(j)\, p_C(\cdot \mid x, E = j)\big)
+
+    over the catalogue: 0 if the soft prompts change nothing, at most the entropy of the prior.
+    """
+    task = _Task.build(model, tokenizer, catalogue, prompts, [], 1, None, mixture)
+    parts, found = pieces(task.trie, piece), []
+    for _, readings in task.batches(batch_size):
+        logps = torch.stack(
+            [torch.log_softmax(catalogue_logps(reading, task.trie, parts), dim=-1) for reading in readings]
+        )
+        gaps = (logps.exp() * (logps - mixed(logps, task.log_prior))).sum(-1)
+        found.append((task.log_prior.exp()[:, None] * gaps).sum(0))
+    return float(torch.cat(found).mean())
+
+
+@torch.inference_mode()
 def rank_embedding(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,

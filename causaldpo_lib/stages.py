@@ -46,6 +46,7 @@ from causaldpo_lib.sources import digest, function_digest
 
 TESTED = ("validation", "iid_test", "ood_test")  # validation serves the choice between methods
 LONGEST_LIST = 20  # the largest cut-off of the tables
+MEASURED = 256  # training prompts by which the use of soft prompts is measured
 
 
 def execute(stage: str, namespace: Mapping[str, Any]) -> pipeline.Run:
@@ -303,10 +304,15 @@ def align(
     found = pd.DataFrame(trainer.memberships.numpy()).add_prefix("environment_")
     found.assign(example=sample["example"].to_numpy()).to_parquet(folder / "memberships.parquet")
     _save(model, tokenizer, items, folder)
+    used = {}
     if trainer.backdoor is not None:
         trainer.backdoor.save(folder / "checkpoint")
+        catalogue, some = ranking.Catalogue.build(items, tokenizer), rows["prompt"].tolist()[:MEASURED]
+        information = ranking.environment_information(model, tokenizer, catalogue, some, batch_size, trainer.backdoor)
+        used = {"environment_information": information}
     return {
         **trainer.diagnostics,
+        **used,
         **_agreement(trainer.memberships.argmax(1).numpy(), sample, items),
         **{f"{name}_first": log[name].iloc[0] for name in ("mmd2_debiased", "margin", "chosen_logp")},
         **{f"{name}_last": log[name].iloc[-1] for name in ("mmd2_debiased", "margin", "chosen_logp", "accuracy")},

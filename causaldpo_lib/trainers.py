@@ -51,6 +51,8 @@ from causaldpo_lib.prompts import check_boundary, encode_prompts, encode_respons
 Feature = dict[str, Any]
 # A preference loss starts near 1; what it has become at this value, in nats, no further step repairs.
 EXPLODED = 1e6
+# Soft prompts take steps so many times as large as the weights do: at the weights' own rate they stay where they began.
+PROMPT_RATE = 100.0
 
 
 def training_rows(dataset: Iterable[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
@@ -234,6 +236,28 @@ class ProgressLines(TrainerCallback):
                 f"{pace * (state.max_steps - state.global_step):.0f} s left",
                 flush=True,
             )
+
+
+class FasterRows(TrainerCallback):
+    """Multiplies every step of some rows of the embedding by ``rate``, as a learning rate of their own would.
+
+    An optimiser's step of a weight depends on that weight's gradients alone, and is in proportion to the learning rate.
+    """
+
+    def __init__(self, rows: Sequence[int], rate: float) -> None:
+        self.rows, self.rate = torch.tensor(rows), rate
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.before = self._rows(model).clone()
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        weight = model.get_input_embeddings().weight
+        weight[self.rows] = self.before + self.rate * (self._rows(model) - self.before)
+
+    @torch.no_grad()
+    def _rows(self, model: nn.Module) -> Tensor:
+        return model.get_input_embeddings().weight[self.rows]
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -613,6 +637,7 @@ class CausalDPOTrainer(PackedTrainer):
             count, seed = len(prior), args.environment_seed
             tokens = add_environment_tokens(model, processing_class, count, args.tokens_per_environment, seed)
             self.backdoor = Backdoor(tokens, (prior / prior.sum()).tolist())
+            self.add_callback(FasterRows([i for ids in tokens for i in ids], PROMPT_RATE))
 
     def _reference_scores(self, ref_model: nn.Module | None) -> ResponseScores:
         """From the cache or computed, every process a share of the rows; the first one writes."""
