@@ -200,14 +200,12 @@ AXES: dict[str, Axis] = {
             "backdoor-memberships-shuffled": "shuffled",
             "backdoor": "inferred",
             "backdoor-mmd_weight-1.0": "inferred, with MMD",
-            "backdoor-memberships-oracle_history": "oracle: history",
             "backdoor-memberships-oracle_environment": "oracle: true",
         },
         "dpo",
         (
             ("backdoor", "backdoor-memberships-shuffled"),
             ("backdoor-mmd_weight-1.0", "backdoor"),
-            ("backdoor-memberships-oracle_history", "backdoor-memberships-shuffled"),
             ("backdoor-memberships-oracle_environment", "backdoor-memberships-shuffled"),
         ),
     ),
@@ -438,7 +436,8 @@ def takeaway(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
         f"{title}, both tests: {takeaways.tally(tables, name, pairs, [setting])}"
         for name, title in measured(tables, setting).items()
     ]
-    said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}.{_ends(tables, setting, axis, known)}"
+    ends = f"{_ends(tables, setting, axis, known)}{_use(tables, setting, axis, known)}"
+    said = f"Log-probability of the target: {'; '.join([*moved, still])}{refuted}.{ends}"
     return "\n".join([f"**Takeaway.** *{setting}, OOD test.* {said}", "", *(f"- {text}." for text in others[1:])])
 
 
@@ -457,6 +456,26 @@ def _ends(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
         ends.append(f"{look(row.method).label} {means[row.member]:.2f}{against}")
     start = [f"SFT, where it starts, {means['sft']:.2f}", f"{look(off).label} {means[off]:.2f} nats"]
     return f" At {last['value'].iloc[0]:g}: {', '.join(ends)}; {', '.join(start)}."
+
+
+def _use(tables: Tables, setting: str, axis: str, known: Parameters) -> str:
+    """How much the conditioned policies of an axis use their environment; empty where none is conditioned.
+
+    ``ranking.environment_information``, the least and the most over training seeds: what an average over environments
+    can be worth is bounded by how much they differ.
+    """
+    rows = tables["diagnostics"]
+    if "environment_information" not in rows:
+        return ""
+    rows = select(rows, setting=setting).dropna(subset=["environment_information"])
+    said = []
+    for row in members(tables, setting, axis, known).itertuples():
+        own = rows.loc[rows["method"] == row.member, "environment_information"]
+        if len(own):
+            said.append(f"{look(row.member).label} {own.min():.4f} to {own.max():.4f}")
+    if not said:
+        return ""
+    return f" What a title says about the environment, given the prompt (nats, over seeds): {', '.join(said)}."
 
 
 def environments_sentence(tables: Tables, setting: str) -> str:

@@ -83,7 +83,7 @@ SWEPT = {
     "memberships": "{} environments",
     "membership_gradient": "gradient {}",
 }
-KINDS = {"oracle_environment": "true", "oracle_history": "popularity"}  # of memberships, in words
+KINDS = {"oracle_environment": "true"}  # of memberships, in words
 OTHERS = ("#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1", "#A6761D")  # methods added later, by name
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#A6761D")
 SPLITS = {"validation": "validation", "iid_test": "IID test", "ood_test": "OOD test"}

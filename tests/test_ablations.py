@@ -17,9 +17,7 @@ from causaldpo_lib.evaluation import MARGIN, compared
 from causaldpo_lib.study import load_study
 
 SETTING, SPLITS, SEEDS = "ml-100k-popularity", ("iid_test", "ood_test"), (1, 2, 3)
-STUDIES = [  # which share the axes between them
-    load_study(name) for name in ("ablations", "variants", "backdoor", "backdoor-ml-100k")
-]
+STUDIES = [load_study(name) for name in ("ablations", "variants", "backdoor")]  # which share the axes between them
 METHODS = list(dict.fromkeys(method.name for study in STUDIES for method in study.methods))
 PAIRS = list(dict.fromkeys([*compared(METHODS), *(pair for study in STUDIES for pair in study.comparisons)]))
 KNOWN = {name: given for study in STUDIES for name, given in ablations.parameters(study.name).items()}
@@ -314,6 +312,15 @@ def test_what_only_the_correction_hides_is_named():
     assert "| Weight λ of the penalty | 0 | 0 | 11 |" in ablations.verdict(made_up(), KNOWN)
 
 
+def test_the_takeaway_says_how_much_a_conditioned_policy_uses_its_environment(tables):
+    assert "about the environment" not in ablations.takeaway(tables, SETTING, "backdoor", KNOWN)
+    rows = [{"setting": SETTING, "method": "backdoor", "seed": s, "environment_information": s / 100} for s in SEEDS]
+    known = {**tables, "diagnostics": pd.concat([tables["diagnostics"], pd.DataFrame(rows)])}
+    said = ablations.takeaway(known, SETTING, "backdoor", KNOWN)
+    assert "given the prompt (nats, over seeds): Backdoor 0.0100 to 0.0300." in said.splitlines()[0]
+    assert "about the environment" not in ablations.takeaway(known, SETTING, "lambda", KNOWN)
+
+
 def test_differences_are_cells_with_their_verdict():
     found = ablations.difference_table(
         made_up({("vrex", "dpo"): UP}, refuted=0.01),
@@ -392,7 +399,7 @@ def test_sizes_are_those_of_the_fine_tuned_models(tables):
 def test_the_notebook_draws_and_explains_everything(tables, run_notebook, written, monkeypatch):
     monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)  # the folder has another name
     defaults, images, shown = run_notebook("15_ablations", tables=written(tables), beside=[])
-    assert defaults["tables"] == "../figures/ablations" and defaults["beside"] == ["../figures/variants"]
+    assert defaults["tables"] == "../figures/ablations" and defaults["beside"] == ["../figures/variants", "../figures/backdoor"]
     assert images == {f"ablations-{axis}-{SETTING}" for axis in (*AXES, "ranges")}
     texts = [thing.data for thing in shown if isinstance(getattr(thing, "data", None), str)]
     assert sum("**Takeaway.**" in text for text in texts) >= len(AXES) + 2

@@ -16,7 +16,16 @@ from causaldpo_lib.causal import Backdoor, with_environment
 from causaldpo_lib.decoding import read_prompts, title_logps
 from causaldpo_lib.errors import StudyError
 from causaldpo_lib.prompts import SEPARATOR, encode_prompts, prompt_text
-from causaldpo_lib.ranking import CATALOGUE_FILE, RANKERS, Catalogue, Ranking, agreement, rank_scores, recommend
+from causaldpo_lib.ranking import (
+    CATALOGUE_FILE,
+    RANKERS,
+    Catalogue,
+    Ranking,
+    agreement,
+    environment_information,
+    rank_scores,
+    recommend,
+)
 
 BEAMS = ["beam", "beam_normalised"]
 
@@ -354,6 +363,24 @@ def test_masked_items_stay_out_of_a_mixtures_wide_beams(name, catalogue, tiny, u
                 assert part.items[row].tolist() == full.items[row][keep][:6].tolist()
                 np.testing.assert_allclose(part.scores[row], full.scores[row][keep][:6], atol=1e-4)
             assert not set(part.items[row].tolist()) & set(hidden) and np.isfinite(part.scores[row]).all()
+
+
+def test_information_about_the_environment_is_what_titles_say_about_it(catalogue, tiny, rows):
+    model = small_model("llama", len(tiny[1])).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    texts, prior = [row["prompt"] for row in rows[:3]], np.array([0.5, 0.3, 0.2])
+    mixture = Backdoor([[30, 31], [40, 41], [50, 51]], prior.tolist())
+    expected = []
+    for prompt in encode_prompts(tiny[1], texts):
+        ids = [with_environment(prompt, tokens, tiny[1].bos_token_id) for tokens in mixture.tokens]
+        free = [plain_forwards.logps(model, each, catalogue.responses)[0] for each in ids]
+        p = np.exp([plain_forwards.normalised(values) for values in free])
+        expected.append(prior @ (p * np.log(p / (prior @ p))).sum(1))
+    found = environment_information(model, tiny[1], catalogue, texts, 2, mixture)
+    assert found == pytest.approx(np.mean(expected), abs=1e-5) and found > 1e-4
+    alike = Backdoor([[30, 31]] * 3, prior.tolist())
+    assert environment_information(model, tiny[1], catalogue, texts, 2, alike) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_mixture_of_one_environment_is_that_environment(catalogue, tiny, untied, rows):

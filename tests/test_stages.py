@@ -140,6 +140,7 @@ def test_a_policy_given_the_environment_is_averaged_over_environments(root, data
     run = execute("align", root / "backdoor", **inputs, **options, lora_rank=0)
     mixture = Backdoor.load(run.folder / "checkpoint")
     assert sum(mixture.prior) == pytest.approx(1.0) and all(len(ids) == 2 for ids in mixture.tokens)
+    assert 0 < run.summary["scalars"]["environment_information"] < np.log(len(mixture.prior))
     ranked = execute("rank", root / "backdoor-rank", data=str(data.folder), checkpoint=str(run.folder))
     table = pd.read_parquet(ranked.folder / "predictions.parquet")
     assert np.isfinite(table["target_logp"]).all() and all(len(set(items)) == 20 for items in table["items"])

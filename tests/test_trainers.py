@@ -595,7 +595,7 @@ def test_given_environments_are_the_rows_own(tmp_path, tiny, rows):
     assert run.memberships.tolist() == [[1.0, 0.0], [0.0, 1.0]] * 12
 
 
-def test_soft_prompts_condition_the_policy_and_not_the_reference(tmp_path, tiny, rows):
+def test_soft_prompts_condition_the_policy_and_not_the_reference(tmp_path, tiny, rows, monkeypatch):
     tokenizer = copy.deepcopy(tiny[1])
     model = copy.deepcopy(tiny[0])
     vocabulary = len(tokenizer)
@@ -616,6 +616,19 @@ def test_soft_prompts_condition_the_policy_and_not_the_reference(tmp_path, tiny,
     assert seen[0][0] == tokenizer.bos_token_id and seen[0][1] >= vocabulary
     moved = (run.model.get_input_embeddings().weight != before).any(1)
     assert moved[used.unique()].all()
+    # Soft prompts move at a rate of their own: the first step is the weights', so many times over.
+    steps = {}
+    for rate in (1.0, 5.0):
+        monkeypatch.setattr("causaldpo_lib.trainers.PROMPT_RATE", rate)
+        tokens, policy = copy.deepcopy(tiny[1]), copy.deepcopy(tiny[0])
+        args = config(tmp_path / str(rate), tokens_per_environment=2, learning_rate=1e-3, max_steps=1)
+        again = CausalDPOTrainer(policy, args=args, train_dataset=rows, processing_class=tokens)
+        start = policy.get_input_embeddings().weight.detach().clone()
+        again.train()
+        steps[rate] = policy.get_input_embeddings().weight.detach() - start
+    assert steps[1.0][added].abs().max() > 1e-4
+    torch.testing.assert_close(steps[5.0][added], 5 * steps[1.0][added], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(steps[5.0][:vocabulary], steps[1.0][:vocabulary])
     # A step's draws depend on that step alone, so that a resumed training draws the same.
     index = torch.arange(8)
     run.state.global_step = 1
