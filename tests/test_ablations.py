@@ -399,7 +399,10 @@ def test_sizes_are_those_of_the_fine_tuned_models(tables):
 def test_the_notebook_draws_and_explains_everything(tables, run_notebook, written, monkeypatch):
     monkeypatch.setattr(ablations, "parameters", lambda study: KNOWN)  # the folder has another name
     defaults, images, shown = run_notebook("15_ablations", tables=written(tables), beside=[])
-    assert defaults["tables"] == "../figures/ablations" and defaults["beside"] == ["../figures/variants", "../figures/backdoor"]
+    assert defaults["tables"] == "../figures/ablations" and defaults["beside"] == [
+        "../figures/variants",
+        "../figures/backdoor",
+    ]
     assert images == {f"ablations-{axis}-{SETTING}" for axis in (*AXES, "ranges")}
     texts = [thing.data for thing in shown if isinstance(getattr(thing, "data", None), str)]
     assert sum("**Takeaway.**" in text for text in texts) >= len(AXES) + 2
