@@ -46,7 +46,7 @@ from causaldpo_lib.sources import digest, function_digest
 
 TESTED = ("validation", "iid_test", "ood_test")  # validation serves the choice between methods
 LONGEST_LIST = 20  # the largest cut-off of the tables
-MEASURED = 256  # training prompts by which the use of soft prompts is measured
+MEASURED = 51_200  # titles of training prompts by which the use of soft prompts is measured, in each environment
 
 
 def execute(stage: str, namespace: Mapping[str, Any]) -> pipeline.Run:
@@ -307,7 +307,8 @@ def align(
     used = {}
     if trainer.backdoor is not None:
         trainer.backdoor.save(folder / "checkpoint")
-        catalogue, some = ranking.Catalogue.build(items, tokenizer), rows["prompt"].tolist()[:MEASURED]
+        some = rows["prompt"].tolist()[: max(MEASURED // len(items), 8)]
+        catalogue = ranking.Catalogue.build(items, tokenizer)
         information = ranking.environment_information(model, tokenizer, catalogue, some, batch_size, trainer.backdoor)
         used = {"environment_information": information}
     return {
