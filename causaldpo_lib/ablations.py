@@ -2,7 +2,8 @@
 
 All is made from the tables of a study such as ``ablations``. An ``Axis`` is one thing that is varied: the ``Values`` of
 one parameter, or a ``Choice`` between methods. What an axis has in a study's tables is shown with ``LEVELS``, what
-SFT, DPO and the controls reach, behind it; an axis without two rows there is left out with a sentence.
+SFT, DPO and the controls reach, behind it; an axis without two rows there, or with none of its own, is left out with
+a sentence.
 Log-probabilities are in nats, NDCG and shares in percent, of differences in points.
 """
 
@@ -48,10 +49,11 @@ METRICS = {
     f"NDCG@{K}": f"NDCG@{K}",
     SHARE: "share of G1",
 }
-SHORT = {**METRICS, PRIMARY: "log p"}
+SHORT = {**METRICS, PRIMARY: "log p", CAUSAL: "causal NDCG"}
 # Behind every panel: no alignment, no penalty, the control of the environments, and bounds (of which the last looks at
 # the target).
 LEVELS = ("sft", "dpo", "shuffled", "oracle_environment", "oracle_history", "oracle_target")
+COMMON = {*LEVELS, "causal_dpo"}  # what most studies have: alone they vary nothing that an axis is about
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,11 @@ def members(tables: Tables, setting: str, axis: str, known: Parameters) -> Frame
     return pick(AXES, axis, "axis").members(methods, known)
 
 
+def shows(found: Frame) -> bool:
+    """Whether ``members`` are worth a panel: two or more, and not all of them ``COMMON``."""
+    return len(found) > 1 and not set(found["member"]) <= COMMON
+
+
 def plotted(tables: Tables, setting: str, found: Frame) -> Frame:
     """``shown_metrics`` of ``members``, with their places."""
     rows = shown_metrics(tables, setting).rename(columns={"method": "member"})
@@ -364,17 +371,17 @@ def panels(studies: Sequence[Source], axis: str) -> Iterator[tuple[list[Image], 
     """Per study and setting the figure of an axis, saved in the study's ``output``, and its text in Markdown.
 
     Text: what the figure shows, the table of differences, and the takeaway. Studies after the first are shown only if
-    they have a row of the axis that those before have not. Without two rows of the axis in any study there is no
-    figure, and the text is a sentence.
+    they have a row of the axis that those before have not. If no study ``shows`` the axis there is no figure, and the
+    text is a sentence.
     """
     known: set[str] = set()
     absent = []
     for study in studies:
         for setting in settings(study.tables):
             found = members(study.tables, setting, axis, study.parameters)
-            if len(found) < 2:
+            if not shows(found):
                 title = pick(AXES, axis, "axis").title
-                there = f"only {look(found['member'].iloc[0]).label}" if len(found) else "none"
+                there = f"only {', '.join(look(name).label for name in found['member'])}" if len(found) else "none"
                 absent.append(f"*{title}: left out, since of its rows the tables of {setting} have {there}.*")
             elif study is studies[0] or set(found["member"]) - known:
                 known |= set(found["member"])
@@ -592,9 +599,8 @@ def ranges(tables: Tables, setting: str, split: str, known: Parameters) -> Frame
     rows = select(shown_metrics(tables, setting), split=split, metric=PRIMARY).set_index("method")["mean"]
     lines = []
     for axis, about in AXES.items():
-        found = members(tables, setting, axis, known)["member"]
-        if len(found) > 1:
-            means = rows[found]
+        if shows(found := members(tables, setting, axis, known)):
+            means = rows[found["member"]]
             line = {"axis": axis, "name": about.title, "low": means.min(), "high": means.max()}
             lines.append({**line, "method": means.idxmax(), "rows": len(means)})
     found = pd.DataFrame(lines, columns=["axis", "name", "low", "high", "method", "rows"])
@@ -607,7 +613,9 @@ def verdict(tables: Tables, known: Parameters) -> str:
     for setting in settings(tables):
         lines = []
         for axis, about in AXES.items():
-            pairs = about.pairs(members(tables, setting, axis, known))
+            if not shows(found := members(tables, setting, axis, known)):
+                continue
+            pairs = about.pairs(found)
             tested = [change(tables, setting, "ood_test", PRIMARY, *pair) for pair in pairs.values()]
             tested = [each for each in tested if each]
             if tested:

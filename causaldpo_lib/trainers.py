@@ -494,7 +494,8 @@ class CausalDPOConfig(DPOConfig):
             ``shuffled``, ``given`` by the rows' column ``environment``, or ``batch``, anew in every batch from the
             policy's states; then ``membership_gradient`` is ``detached`` or ``paper``.
         tokens_per_environment: length of the soft prompt that conditions the policy on an environment (Eq. 6), drawn
-            from the example's memberships at every step; 0 is the unconditioned policy.
+            from the example's memberships at every step, and trained at ``PROMPT_RATE`` times the learning rate; 0 is
+            the unconditioned policy.
         environment_seed: seed of clustering, controls and draws.
         nll_weight: weight of the chosen responses' token-mean negative log-likelihood, a stabiliser.
         reference_cache: folder in which the reference's scores are kept and found again; None computes them anew.

@@ -177,7 +177,7 @@ def test_causal_ndcg_is_shown_where_the_interventional_preference_is_known(table
     for found, there in ((known, True), (tables, False)):
         assert (CAUSAL in set(ablations.shown_metrics(found, SETTING)["metric"])) == there
         cells = ablations.difference_table(found, SETTING, {"one": ("backdoor", "dpo")})
-        assert ("causal NDCG@10 (points)" in cells) == there
+        assert ("causal NDCG (points)" in cells) == there
         assert ("causal NDCG@10, both tests" in ablations.takeaway(found, SETTING, "backdoor", KNOWN)) == there
 
 
@@ -232,6 +232,17 @@ def test_an_axis_without_two_rows_is_left_out_with_a_sentence(tables, tmp_path):
         and "CausalDPO, 0.1 against 1" in text
         and (tmp_path / f"ablations-lambda-{SETTING}.csv").exists()
     )
+
+
+def test_rows_that_most_studies_have_are_no_panel_of_their_own(tables, tmp_path):
+    """SFT and CausalDPO on one backbone are no backbones of two sizes."""
+    few = without(tables, "sft-backbone-tiny-small", "causal_dpo-backbone-tiny-small")
+    ((figures, text),) = ablations.panels([source(few, tmp_path)], "backbones")
+    assert not figures and not list(tmp_path.iterdir())
+    assert text.endswith("have only SFT, CausalDPO.*")
+    assert "backbones" not in set(ablations.ranges(few, SETTING, "ood_test", KNOWN)["axis"])
+    assert AXES["backbones"].title not in ablations.verdict(few, KNOWN)
+    assert AXES["backbones"].title in ablations.verdict(tables, KNOWN)
 
 
 def test_one_value_on_two_lines_is_no_path(tables, tmp_path):

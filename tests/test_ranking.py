@@ -501,20 +501,21 @@ def test_assisted_steps_add_up_to_the_assistants_log_probability(catalogue):
             assert steps[:, begin:end].exp().sum(1) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_an_assisted_beam_finds_the_products_order(untied, tiny, catalogue, rows):
+@pytest.mark.parametrize("mixture", [None, Backdoor([[30], [40]], [0.7, 0.3])])
+def test_an_assisted_beam_finds_the_products_order(mixture, untied, tiny, catalogue, rows):
     texts, targets = [row["prompt"] for row in rows[:4]], catalogue.items[:4].tolist()
     logps = torch.log_softmax(3 * torch.randn(4, 12, generator=torch.Generator().manual_seed(1)), -1).numpy()
     arguments = untied, tiny[1], catalogue, texts, targets, 12, 2
-    alone = RANKERS["beam"](*arguments)
+    alone = RANKERS["beam"](*arguments, mixture=mixture)
     own = np.empty((4, 12))
     for row in range(4):
         own[row, catalogue.positions(alone.items[row], "listed")] = alone.scores[row]
-    mixed = RANKERS["beam"](*arguments, assistant=logps, assistant_weight=0.3)
+    mixed = RANKERS["beam"](*arguments, mixture=mixture, assistant=logps, assistant_weight=0.3)
     product = 0.7 * own + 0.3 * logps
     np.testing.assert_array_equal(mixed.items, catalogue.items[(-product).argsort(1)])
     np.testing.assert_allclose(mixed.scores, -np.sort(-product, 1), atol=1e-4)
     np.testing.assert_allclose(mixed.target_logp, alone.target_logp)  # stays the model's own
-    unmixed = RANKERS["beam"](*arguments, assistant=logps, assistant_weight=0.0)
+    unmixed = RANKERS["beam"](*arguments, mixture=mixture, assistant=logps, assistant_weight=0.0)
     np.testing.assert_array_equal(unmixed.items, alone.items)
 
 
